@@ -1,0 +1,229 @@
+"""Model 5 in Flax Linen: a GPT-2 decoder that computes logits for the last N positions only.
+
+Shapes: B batch, L sequence, N last positions that get logits, D model width, H heads, K head
+width, F feed-forward width, V vocabulary. Parameters are one plain tree:
+
+    wte[V, D]  wpe[L, D]  trunk (blocks 0 ... n-2, stacked on axis 0)  last_block  ln_f
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jax_model5.config import ModelConfig
+
+Init = Callable[..., jax.Array]
+LAYER_NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype of parameters, softmax and loss when the model computes in `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# ---- weight init, by name (course lessons 012 and 013) ------------------------------------------
+
+
+def kernel_init(config: ModelConfig) -> Init:
+    """Init of a linear layer's kernel [fan_in, fan_out]."""
+    name, _, std = config.init.partition(":")
+    inits = {
+        "course": nn.initializers.normal(0.02),
+        "xavier": nn.initializers.xavier_normal(),
+        "kaiming": nn.initializers.kaiming_normal(),
+        "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    }
+    return inits[name] if name in inits else nn.initializers.normal(float(std))
+
+
+def bias_init(config: ModelConfig, fan_in: int) -> Init:
+    """Init of a linear layer's bias: 0, but for PyTorch's own default."""
+    if config.init != "torch":
+        return nn.initializers.zeros_init()
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def wte_init(config: ModelConfig) -> Init:
+    """Init of wte [V, D]: the tied head is a linear layer D -> V, and its rule wins."""
+    init = kernel_init(config)
+    return lambda key, shape, dtype: init(key, shape[::-1], dtype).T
+
+
+def wpe_init(config: ModelConfig) -> Init:
+    """Init of wpe [L, D]: the course's is Xavier normal, std sqrt(2 / (L + D))."""
+    name = config.init
+    if name in ("course", "xavier"):
+        return nn.initializers.xavier_normal()
+    if name == "torch":
+        return nn.initializers.normal(1.0)
+    return wte_init(config)
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+
+def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """True with probability 1 - rate (exact to 2**-16): 16 random bits an element."""
+    *outer, last = shape
+    bits = jax.random.bits(key, (*outer, -(-last // 2)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*outer, -1)[..., :last]
+    return bits >= round(rate * 2**16)
+
+
+class Dropout(nn.Module):
+    """Inverted dropout (Srivastava et al. 2014); its mask can be recorded in `masks`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        if deterministic or self.rate == 0:
+            return x
+        keep = keep_mask(self.make_rng("dropout"), self.rate, x.shape)
+        self.sow("masks", "keep", keep)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's layer norm: two-pass variance (the fast one loses 1e-2 at large means)."""
+
+    epsilon: float = LAYER_NORM_EPSILON
+    use_fast_variance: bool = False
+
+
+class Attention(nn.Module):
+    """Causal self-attention of the last N positions over all L (Vaswani et al. 2017)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, n_last: int, *, deterministic: bool) -> jax.Array:
+        c = self.config
+        B, L, D = x_BxLxD.shape
+        N, H, K = n_last, c.n_heads, c.d_model // c.n_heads
+        q_BxND, k_BxLD, v_BxLD = QKV(c, name="qkv")(x_BxLxD, N)
+        q_BxNxHxK = q_BxND.reshape(B, N, H, K)
+        k_BxLxHxK = k_BxLD.reshape(B, L, H, K)
+        v_BxLxHxK = v_BxLD.reshape(B, L, H, K)
+
+        scores_BxHxNxL = jnp.einsum("bnhk,blhk->bhnl", q_BxNxHxK, k_BxLxHxK) / math.sqrt(K)
+        is_past_NxL = jnp.arange(L) <= jnp.arange(L - N, L)[:, None]
+        scores_BxHxNxL = jnp.where(is_past_NxL, scores_BxHxNxL, -jnp.inf)
+        weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(c.dtype)))
+        weights_BxHxNxL = weights_BxHxNxL.astype(c.dtype)
+        weights_BxHxNxL = Dropout(c.dropout, name="drop")(
+            weights_BxHxNxL, deterministic=deterministic
+        )
+        y_BxNxHxK = jnp.einsum("bhnl,blhk->bnhk", weights_BxHxNxL, v_BxLxHxK)
+        return linear(c, "proj", D, D)(y_BxNxHxK.reshape(B, N, D))
+
+
+class QKV(nn.Module):
+    """The fused D -> 3D projection; queries are computed for the last N positions only."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, n_last: int) -> tuple[jax.Array, ...]:
+        c, D = self.config, self.config.d_model
+        dtype = at_least_float32(c.dtype)
+        kernel_Dx3D = self.param("kernel", kernel_init(c), (D, 3 * D), dtype).astype(c.dtype)
+        bias_3D = self.param("bias", bias_init(c, D), (3 * D,), dtype).astype(c.dtype)
+        q_BxNxD = x_BxLxD[:, -n_last:] @ kernel_Dx3D[:, :D] + bias_3D[:D]
+        kv_BxLx2D = x_BxLxD @ kernel_Dx3D[:, D:] + bias_3D[D:]
+        return q_BxNxD, kv_BxLx2D[..., :D], kv_BxLx2D[..., D:]
+
+
+class Block(nn.Module):
+    """x + drop(attn(ln_1(x))), then x + drop(mlp(ln_2(x))), for the last N positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, n_last: int, *, deterministic: bool) -> jax.Array:
+        c, D, F = self.config, self.config.d_model, 4 * self.config.d_model
+        h_BxLxD = layer_norm(c, "ln_1")(x_BxLxD)
+        h_BxNxD = Attention(c, name="attn")(h_BxLxD, n_last, deterministic=deterministic)
+        h_BxNxD = Dropout(c.dropout, name="attn_drop")(h_BxNxD, deterministic=deterministic)
+        x_BxNxD = x_BxLxD[:, -n_last:] + h_BxNxD
+
+        h_BxNxF = linear(c, "fc", D, F)(layer_norm(c, "ln_2")(x_BxNxD))
+        h_BxNxF = jax.nn.gelu(h_BxNxF, approximate=c.gelu == "tanh")
+        h_BxNxD = linear(c, "out", F, D)(h_BxNxF)
+        return x_BxNxD + Dropout(c.dropout, name="mlp_drop")(h_BxNxD, deterministic=deterministic)
+
+
+def linear(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> nn.Dense:
+    return nn.Dense(
+        fan_out,
+        dtype=config.dtype,
+        param_dtype=at_least_float32(config.dtype),
+        kernel_init=kernel_init(config),
+        bias_init=bias_init(config, fan_in),
+        name=name,
+    )
+
+
+def layer_norm(config: ModelConfig, name: str) -> LayerNorm:
+    return LayerNorm(dtype=config.dtype, param_dtype=at_least_float32(config.dtype), name=name)
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+class Model5(nn.Module):
+    """The decoder. `apply({"params": p}, tokens_BxL, n_last=N, deterministic=..., rngs=...)`.
+
+    Returns raw logits_BxNxV of the last N positions, never below float32; log-softmax belongs to
+    the loss (course lesson 015). With N < L the last block and the head compute those N positions
+    only: the same numbers as slicing the full logits, for a fraction of the work.
+
+    Raises `flax.errors.InvalidRngError` when dropout is on and rngs lacks a "dropout" key.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c, dtype = self.config, at_least_float32(self.config.dtype)
+        self.wte_VxD = self.param("wte", wte_init(c), (c.vocab_size, c.d_model), dtype)
+        self.wpe_LxD = self.param("wpe", wpe_init(c), (c.seq_len, c.d_model), dtype)
+        self.drop = Dropout(c.dropout)
+        self.trunk = Block(c)
+        self.last_block = Block(c)
+        self.ln_f = layer_norm(c, None)
+
+    def __call__(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
+        return self.head(self.features(tokens_BxL, n_last=n_last, deterministic=deterministic))
+
+    def features(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
+        """The final layer norm's output x_BxNxD."""
+        c, L = self.config, tokens_BxL.shape[1]
+        x_BxLxD = (self.wte_VxD[tokens_BxL] + self.wpe_LxD[:L]).astype(c.dtype)
+        x_BxLxD = self.drop(x_BxLxD, deterministic=deterministic)
+        if c.n_layers > 1:
+            # One compiled block for all: half the step time of an unrolled loop on a CPU.
+            scan = nn.scan(
+                lambda block, x, _: (block(x, L, deterministic=deterministic), None),
+                variable_axes={"params": 0, "masks": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=c.n_layers - 1,
+            )
+            x_BxLxD, _ = scan(self.trunk, x_BxLxD, None)
+        x_BxNxD = self.last_block(x_BxLxD, n_last, deterministic=deterministic)
+        return self.ln_f(x_BxNxD)
+
+    def head(self, x_BxNxD: jax.Array) -> jax.Array:
+        """Tied head: logits_BxNxV = x wte^T [/ sqrt(D)]."""
+        c = self.config
+        logits_BxNxV = jnp.einsum(
+            "bnd,vd->bnv",
+            x_BxNxD,
+            self.wte_VxD.astype(c.dtype),
+            preferred_element_type=at_least_float32(c.dtype),
+        )
+        return logits_BxNxV / math.sqrt(c.d_model) if c.scale_logits else logits_BxNxV

@@ -1,0 +1,70 @@
+"""Which trailing positions need logits, and the negative log-likelihood on them."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_model5.config import TrainConfig
+from jax_model5.model import Model5
+
+_CHUNK = 32
+
+
+def n_last(config: TrainConfig) -> int:
+    """N, the trailing positions that get a loss: 1 for final_token (course lesson 018)."""
+    positions = {"final_token": 1, "all_tokens": config.model.seq_len, "last_k": config.last_k}
+    return positions[config.objective]
+
+
+def nll(logits_BxNxV: jax.Array, targets_BxN: jax.Array) -> jax.Array:
+    """-log_softmax(logits)[target] of each position, in nats, never below float32.
+
+    Every logit equal means every token equally likely, so the NLL is ln V:
+
+    >>> print(nll(jnp.zeros((1, 1, 50257)), jnp.array([[7]])).round(2))
+    [[10.82]]
+    """
+    logits_BxNxV = logits_BxNxV.astype(jnp.promote_types(logits_BxNxV.dtype, jnp.float32))
+    target_BxN = jnp.take_along_axis(logits_BxNxV, targets_BxN[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BxNxV, axis=-1) - target_BxN
+
+
+def window_nll(
+    params: dict,
+    windows_BxL1: jax.Array,
+    config: TrainConfig,
+    *,
+    n_last: int,
+    deterministic: bool,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """NLL_BxN of the last N targets of windows [B, L + 1]."""
+    model = Model5(config.model)
+    tokens_BxL, targets_BxN = windows_BxL1[:, :-1], windows_BxL1[:, -n_last:]
+    x_BxNxD = model.apply(
+        {"params": params},
+        tokens_BxL,
+        n_last=n_last,
+        deterministic=deterministic,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+        method="features",
+    )
+
+    def head_nll(x_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
+        return nll(model.apply({"params": params}, x_BxCxD, method="head"), targets_BxC)
+
+    return _in_chunks(head_nll, x_BxNxD, targets_BxN)
+
+
+def _in_chunks(head_nll, x_BxNxD: jax.Array, targets_BxN: jax.Array) -> jax.Array:
+    """Maps over chunks of positions, so that B x N x V logits never exist all at once."""
+    B, N, D = x_BxNxD.shape
+    chunk = max(size for size in range(1, min(N, _CHUNK) + 1) if N % size == 0)
+    if chunk == N:
+        return head_nll(x_BxNxD, targets_BxN)
+    x_MxBxCxD = x_BxNxD.reshape(B, -1, chunk, D).swapaxes(0, 1)
+    targets_MxBxC = targets_BxN.reshape(B, -1, chunk).swapaxes(0, 1)
+    # Rematerialized: the backward pass computes each chunk's logits again instead of storing them.
+    nll_MxBxC = jax.lax.map(
+        lambda pair: jax.checkpoint(head_nll)(*pair), (x_MxBxCxD, targets_MxBxC)
+    )
+    return nll_MxBxC.swapaxes(0, 1).reshape(B, N)

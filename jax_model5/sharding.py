@@ -1,0 +1,62 @@
+"""The device mesh, and where each parameter and each batch lives on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_model5.config import TrainConfig, UserError
+
+
+def make_mesh(config: TrainConfig) -> Mesh:
+    """A mesh with axes data x fsdp.
+
+    Raises:
+      UserError: the axes do not fit the devices, or the batch does not split over them.
+    """
+    n_devices = jax.device_count()
+    fsdp = config.mesh.fsdp
+    data = config.mesh.data or max(n_devices // fsdp, 1)
+    if data * fsdp > n_devices:
+        raise UserError(
+            f"mesh.fsdp={fsdp}: a mesh of {data} x {fsdp} devices, but there are {n_devices}; "
+            "use smaller mesh.data and mesh.fsdp"
+        )
+    micro_batch = config.batch_size // config.accumulate
+    if micro_batch % (data * fsdp):
+        raise UserError(
+            f"batch_size={config.batch_size}: micro-batches of {micro_batch} sequences do not "
+            f"split over {data * fsdp} devices; use a multiple of {data * fsdp * config.accumulate}"
+        )
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    devices = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows are split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
+    """Each array's largest axis that fsdp divides is split over fsdp (Rajbhandari et al. 2020)."""
+    fsdp = mesh.shape["fsdp"]
+
+    def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
+        spec: list[str | None] = [None] * len(leaf.shape)
+        if fsdp > 1 and axes:
+            spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, abstract_state)
+
+
+def to_devices(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """This process's rows of the global batch -> one global array."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)

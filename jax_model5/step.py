@@ -1,0 +1,102 @@
+"""`TrainState`, and the pure functions that make it, move it one step, and evaluate it."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_model5.config import TrainConfig
+from jax_model5.model import Model5
+from jax_model5.objectives import n_last, window_nll
+from jax_model5.optimizer import optimizer, schedule
+
+_INIT, _DROPOUT = 0, 1  # what a key is for: folded into the run's one key
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes; `step` counts the updates made."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def init_state(key: jax.Array, *, config: TrainConfig) -> TrainState:
+    """The state before the first step, a function of the run's key."""
+    tokens_BxL = jnp.zeros((1, config.model.seq_len), jnp.int32)
+    variables = Model5(config.model).init(
+        jax.random.fold_in(key, _INIT), tokens_BxL, n_last=1, deterministic=True
+    )
+    params = variables["params"]
+    opt_state = optimizer(config.optimizer, config.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def dropout_key(key: jax.Array, step: jax.Array | int, micro_batch: jax.Array | int) -> jax.Array:
+    """The dropout key of one micro-batch: a pure function of (seed, step, micro-batch)."""
+    key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), step)
+    return jax.random.fold_in(key, micro_batch)
+
+
+def train_step(
+    state: TrainState, key: jax.Array, windows_BxL1: jax.Array, *, config: TrainConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step with dropout on. `key` is the run's key, windows are [B, L + 1].
+
+    Returns the next state and loss [nats], grad_norm (before clipping) and learning_rate.
+    """
+    loss, gradients = loss_and_gradients(state, key, windows_BxL1, config=config)
+    update = optimizer(config.optimizer, config.steps)
+    updates, opt_state = update.update(gradients, state.opt_state, state.params)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(gradients),
+        "learning_rate": jnp.asarray(schedule(config.optimizer, config.steps)(state.step)),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def loss_and_gradients(
+    state: TrainState, key: jax.Array, windows_BxL1: jax.Array, *, config: TrainConfig
+) -> tuple[jax.Array, dict]:
+    """Mean loss and its gradients, summed over `accumulate` micro-batches by one scan."""
+
+    def loss_fn(params: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
+        return window_nll(
+            params,
+            windows_bxL1,
+            config,
+            n_last=n_last(config),
+            deterministic=False,
+            dropout_key=dropout_key(key, state.step, micro_batch),
+        ).mean()
+
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if config.accumulate == 1:
+        return value_and_grad(state.params, windows_BxL1, jnp.int32(0))
+
+    def add(total: tuple, micro: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(state.params, *micro)), None
+
+    # Every accumulate-th row, so that each device keeps its own rows.
+    windows_AxbxL1 = windows_BxL1.reshape(-1, config.accumulate, windows_BxL1.shape[1])
+    micro = (windows_AxbxL1.swapaxes(0, 1), jnp.arange(config.accumulate))
+    zeros = (jnp.zeros((), _loss_dtype(state)), jax.tree.map(jnp.zeros_like, state.params))
+    total, _ = jax.lax.scan(add, zeros, micro)
+    return jax.tree.map(lambda x: x / config.accumulate, total)
+
+
+def _loss_dtype(state: TrainState) -> jnp.dtype:
+    return state.params["wte"].dtype
+
+
+def eval_step(
+    params: dict, windows_BxL1: jax.Array, *, config: TrainConfig
+) -> dict[str, jax.Array]:
+    """Final-token and all-token NLL [nats] of one test batch, dropout off, any objective."""
+    nll_BxL = window_nll(
+        params, windows_BxL1, config, n_last=config.model.seq_len, deterministic=True
+    )
+    return {"final_token_nll": nll_BxL[:, -1].mean(), "all_token_nll": nll_BxL.mean()}
