@@ -205,6 +205,11 @@ class TrainConfig:
         )
         _require(self.workdir != "", "workdir", self.workdir, "name a folder")
 
+    @property
+    def test_metric(self) -> str:
+        """The test NLL that compares with the training loss."""
+        return "final_token_nll" if self.objective == "final_token" else "all_token_nll"
+
 
 def _is_positive(text: str) -> bool:
     try:

@@ -240,7 +240,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     try:
         tokens_T, manifest = _open(folder)
-        whole = hashlib.sha256(tokens_T).hexdigest() == manifest["tokens_sha256"]
+        whole = hashlib.sha256(tokens_T.data).hexdigest() == manifest["tokens_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -289,7 +289,7 @@ def _write_tokens(config: DataConfig, encoding: tiktoken.Encoding, path: Path) -
             seconds += time.monotonic() - start
             array = np.concatenate([np.array([*doc, encoding.eot_token], dtype) for doc in ids])
             is_seen_V[array] = True
-            tokens_sha256.update(array)
+            tokens_sha256.update(array.data)
             array.tofile(file)
             n_tokens += len(array)
             rate = f"{n_tokens / seconds:,.0f} tokens/s"
@@ -352,18 +352,13 @@ def _split(tokens_T: np.ndarray, manifest: dict[str, Any], config: TrainConfig) 
     return Corpus(tokens_T, n_train, manifest)
 
 
-def train_batch(
-    corpus: Corpus, config: TrainConfig, step: int, process: int = 0, n_processes: int = 1
-) -> np.ndarray:
-    """Rows of process `process` of the global batch of `step`: windows [B / n_processes, L + 1].
+def train_batch(corpus: Corpus, config: TrainConfig, step: int) -> np.ndarray:
+    """The global batch of `step`: windows [B, L + 1]; inputs `[:, :-1]`, targets `[:, 1:]`.
 
-    A pure function of (seed, step), so resuming needs no iterator state. The inputs are
-    `[:, :-1]`, the targets `[:, 1:]`.
+    A pure function of (seed, step), so resuming needs no iterator state.
     """
     sampler = _random_starts if config.data.sampling == "random" else _epoch_starts
-    starts_B = sampler(corpus, config, step)
-    rows = config.batch_size // n_processes
-    return _windows(corpus, config, starts_B[process * rows : (process + 1) * rows])
+    return _windows(corpus, config, sampler(corpus, config, step))
 
 
 def test_batches(corpus: Corpus, config: TrainConfig) -> np.ndarray:

@@ -169,7 +169,7 @@ def linear(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> nn.Dens
     )
 
 
-def layer_norm(config: ModelConfig, name: str) -> LayerNorm:
+def layer_norm(config: ModelConfig, name: str | None) -> LayerNorm:
     return LayerNorm(dtype=config.dtype, param_dtype=at_least_float32(config.dtype), name=name)
 
 

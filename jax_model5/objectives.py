@@ -1,5 +1,8 @@
 """Which trailing positions need logits, and the negative log-likelihood on them."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -40,22 +43,21 @@ def window_nll(
     """NLL_BxN of the last N targets of windows [B, L + 1]."""
     model = Model5(config.model)
     tokens_BxL, targets_BxN = windows_BxL1[:, :-1], windows_BxL1[:, -n_last:]
-    x_BxNxD = model.apply(
-        {"params": params},
-        tokens_BxL,
-        n_last=n_last,
-        deterministic=deterministic,
-        rngs={} if dropout_key is None else {"dropout": dropout_key},
-        method="features",
+    apply: Callable[..., jax.Array] = functools.partial(model.apply, {"params": params})
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    x_BxNxD = apply(
+        tokens_BxL, n_last=n_last, deterministic=deterministic, rngs=rngs, method="features"
     )
 
     def head_nll(x_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
-        return nll(model.apply({"params": params}, x_BxCxD, method="head"), targets_BxC)
+        return nll(apply(x_BxCxD, method="head"), targets_BxC)
 
     return _in_chunks(head_nll, x_BxNxD, targets_BxN)
 
 
-def _in_chunks(head_nll, x_BxNxD: jax.Array, targets_BxN: jax.Array) -> jax.Array:
+def _in_chunks(
+    head_nll: Callable[..., jax.Array], x_BxNxD: jax.Array, targets_BxN: jax.Array
+) -> jax.Array:
     """Maps over chunks of positions, so that B x N x V logits never exist all at once."""
     B, N, D = x_BxNxD.shape
     chunk = max(size for size in range(1, min(N, _CHUNK) + 1) if N % size == 0)

@@ -1,5 +1,6 @@
 """The device mesh, and where each parameter and each batch lives on it."""
 
+import os
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ def make_mesh(config: TrainConfig) -> Mesh:
     Raises:
       UserError: the axes do not fit the devices, or the batch does not split over them.
     """
-    n_devices = jax.device_count()
+    try:
+        n_devices = jax.device_count()
+    except RuntimeError as error:
+        raise UserError(f"no device: {error}; check JAX_PLATFORMS") from None
     fsdp = config.mesh.fsdp
     data = config.mesh.data or max(n_devices // fsdp, 1)
     if data * fsdp > n_devices:
@@ -57,6 +61,13 @@ def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
     return jax.tree.map(place, abstract_state)
 
 
-def to_devices(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """This process's rows of the global batch -> one global array."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+def to_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
+    """The global batch -> one global array; each process hands over its own devices' rows."""
+    return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), batch.__getitem__)
+
+
+def join_processes() -> None:
+    """Joins the other processes of the run, where the environment names a coordinator or a pod."""
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or pod:
+        jax.distributed.initialize()

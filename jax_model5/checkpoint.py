@@ -1,0 +1,221 @@
+"""Orbax checkpoints: saving, restoring, and what must match between a checkpoint and a run."""
+
+import contextlib
+import dataclasses
+import gc
+import importlib.metadata
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
+
+from jax_model5.config import TrainConfig, UserError, flatten
+from jax_model5.step import TrainState
+
+# Fields that do not change the numbers of a run. What data.source holds is compared by its tokens.
+FREE_FIELDS = {
+    *("workdir", "eval_every", "checkpoint_every", "keep", "mesh.data", "mesh.fsdp"),
+    *("data.cache_dir", "data.source", "data.n_docs", "data.text_field"),
+}
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Checkpoints:
+    """The checkpoints of one run: `state` [step, params, opt_state] and `meta` of each step."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.LatestN(keep),
+                save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, state: TrainState, config: TrainConfig, fingerprint: str) -> None:
+        """Saves in the background; the state may be donated as soon as this returns.
+
+        Raises:
+          UserError: this save or the one before it could not be written.
+        """
+        tree = flax.serialization.to_state_dict(state)
+        meta = {
+            "config": dataclasses.asdict(config),
+            "data": fingerprint,
+            "packages": _versions(),
+            "checksums": _checksums(tree),
+        }
+        items = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        with self._write_errors():
+            self._manager.save(int(state.step), args=items)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        with self._write_errors():
+            self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(
+        self, abstract_state: TrainState, config: TrainConfig, fingerprint: str
+    ) -> TrainState | None:
+        """The newest whole checkpoint, on the devices of `abstract_state`; None without any.
+
+        A damaged one is announced and moved aside once an older one has been restored.
+
+        Raises:
+          UserError: the checkpoint belongs to another config, text or shape; all are damaged.
+        """
+        damaged: list[int] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                with _quiet():
+                    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+                    _require_same_run(meta, config, fingerprint)
+                    state = self._restore_state(step, abstract_state, meta["checksums"])
+            except UserError:
+                raise
+            except Exception as error:  # Orbax and tensorstore raise many kinds
+                reason = str(error).split("\n")[0][:120]
+                print(f"checkpoint {step} is damaged ({reason})", file=sys.stderr)
+                damaged.append(step)
+                continue
+            _note_versions(meta)
+            self._move_aside(damaged, step)
+            return state
+        if damaged:
+            raise UserError(
+                f"workdir={config.workdir!r}: none of its checkpoints {damaged} can be read; move "
+                f"{self.folder} away to start from step 0"
+            )
+        return None
+
+    def _read(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _restore_state(
+        self, step: int, abstract_state: TrainState, checksums: dict[str, int]
+    ) -> TrainState:
+        abstract = flax.serialization.to_state_dict(abstract_state)
+        # Orbax casts a wrong dtype without a word, so compare before it reads.
+        stored = self._manager.item_metadata(step).state.tree
+        _require_same_shapes(stored, abstract)
+        tree = self._read(step, state=ocp.args.StandardRestore(abstract)).state
+        found = _checksums(tree)
+        wrong = [leaf for leaf in checksums if found[leaf] != checksums[leaf]]
+        if wrong:
+            raise ValueError(f"the bits of {', '.join(wrong[:3])} changed on disk")
+        return flax.serialization.from_state_dict(abstract_state, tree)
+
+    def _move_aside(self, damaged: list[int], restored: int) -> None:
+        for step in damaged:
+            aside = self.folder.with_name("damaged_checkpoints") / str(step)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+            print(f"it was moved to {aside}; going on from checkpoint {restored}", file=sys.stderr)
+        if damaged:
+            self._manager.reload()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and tensorstore raise many kinds
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(
+                f"workdir={str(self.folder.parent)!r}: the checkpoint cannot be written: {reason}; "
+                "make room or name another folder. Older checkpoints are kept"
+            ) from None
+
+
+def config_changes(stored: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Fields that would change the numbers, as "model.d_model: 128 -> 256"."""
+    before = {
+        ".".join(path): value for path, value in flax.traverse_util.flatten_dict(stored).items()
+    }
+    now = flatten(config)
+    free = set(FREE_FIELDS)
+    if config.optimizer.schedule == "constant":
+        free.add("steps")  # only a schedule that ends depends on where it ends
+    names = sorted((before.keys() | now.keys()) - free)
+    return [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _require_same_run(meta: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
+    changes = config_changes(meta["config"], config)
+    if meta["data"] != fingerprint:
+        changes.append("data: the text or its tokens are others")
+    if changes:
+        raise UserError(
+            f"workdir={config.workdir!r}: holds a run with other numbers ({'; '.join(changes)}); "
+            "name another workdir, or set these back"
+        )
+
+
+def _require_same_shapes(stored: Any, abstract: Any) -> None:
+    found, wanted = _leaves(stored), _leaves(abstract)
+
+    def kind(leaf: Any) -> str:
+        return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+    wrong = [
+        f"{name} is {kind(found.get(name))} there and {kind(wanted.get(name))} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if kind(found.get(name)) != kind(wanted.get(name))
+    ]
+    if wrong:
+        raise UserError(f"the checkpoint does not fit the model: {'; '.join(wrong)}")
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _bit_sums(tree: Any) -> Any:
+    def bit_sum(leaf: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(bit_sum, tree)
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """Sum of each leaf's bits mod 2**32, on any number of devices: Orbax itself keeps none."""
+    return {name: int(bit_sum) for name, bit_sum in _leaves(_bit_sums(tree)).items()}
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _note_versions(meta: dict[str, Any]) -> None:
+    before, now = meta["packages"], _versions()
+    changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    if changes:
+        print("packages changed, the last bits may differ:", ", ".join(changes), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what dying coroutines of a failed read print off the terminal."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            yield
+        finally:
+            gc.collect()
