@@ -35,6 +35,10 @@ class Checkpoints:
         self.folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.LatestN(keep),
                 save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),

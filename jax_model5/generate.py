@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def continue_windows(
     The window slides, so that every token comes from the last position: the one position that the
     final-token objective trains. Returns the new tokens [B, n_tokens].
     """
-    apply: Callable[..., jax.Array] = Model5(config).apply
+    apply: Callable[..., Any] = Model5(config).apply
 
     def next_token(tokens_BxL: jax.Array, step_key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_Bx1xV = apply({"params": params}, tokens_BxL, n_last=1, deterministic=True)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,9 @@ def window_nll(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """NLL_BxN of the last N targets of windows [B, L + 1]."""
-    model = Model5(config.model)
+    model_apply: Callable[..., Any] = Model5(config.model).apply
+    apply = functools.partial(model_apply, {"params": params})
     tokens_BxL, targets_BxN = windows_BxL1[:, :-1], windows_BxL1[:, -n_last:]
-    apply: Callable[..., jax.Array] = functools.partial(model.apply, {"params": params})
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     x_BxNxD = apply(
         tokens_BxL, n_last=n_last, deterministic=deterministic, rngs=rngs, method="features"

@@ -103,7 +103,8 @@ class Recorder:
             return
         step, device_metrics = self._pending
         self._pending = None
-        record = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        values = jax.device_get(device_metrics)
+        record = {name: float(values[name]) for name in ("loss", "grad_norm", "learning_rate")}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         tokens = self._config.batch_size * self._config.model.seq_len

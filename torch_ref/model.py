@@ -1,0 +1,149 @@
+"""Model 5 as an `nn.Module`; read it beside jax_model5/model.py."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from jax_model5.config import ModelConfig
+
+
+class Dropout(nn.Module):
+    """A dropout site: PyTorch's own random mask, or the one in `mask` while it is set."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.mask: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is None or not self.training:
+            return F.dropout(x, self.rate, self.training)
+        return x * self.mask / (1 - self.rate)
+
+
+class CausalAttention(Dropout):
+    """softmax(q k^T / sqrt(K)) v with dropout on the weights, for q, k, v [B, H, L, K]."""
+
+    def forward(  # type: ignore[override]
+        self, q_BxHxLxK: torch.Tensor, k_BxHxLxK: torch.Tensor, v_BxHxLxK: torch.Tensor
+    ) -> torch.Tensor:
+        if self.mask is None or not self.training:
+            # The function does not know eval mode: self.training switches its dropout by hand.
+            return F.scaled_dot_product_attention(
+                q_BxHxLxK,
+                k_BxHxLxK,
+                v_BxHxLxK,
+                is_causal=True,
+                dropout_p=self.rate if self.training else 0.0,
+            )
+        # The same by hand, because scaled_dot_product_attention cannot take a dropout mask.
+        L, K = q_BxHxLxK.shape[-2:]
+        scores_BxHxLxL = q_BxHxLxK @ k_BxHxLxK.transpose(-2, -1) / math.sqrt(K)
+        is_future_LxL = torch.ones(L, L, dtype=torch.bool, device=scores_BxHxLxL.device).triu(1)
+        weights_BxHxLxL = scores_BxHxLxL.masked_fill(is_future_LxL, -math.inf).softmax(dim=-1)
+        return super().forward(weights_BxHxLxL) @ v_BxHxLxK
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.attend = CausalAttention(config.dropout)
+        self.proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
+        B, L, D = x_BxLxD.shape
+        q, k, v = (
+            part_BxLxD.view(B, L, self.n_heads, -1).transpose(1, 2)
+            for part_BxLxD in self.qkv(x_BxLxD).chunk(3, dim=-1)
+        )
+        y_BxHxLxK = self.attend(q, k, v)
+        return self.proj(y_BxHxLxK.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.d_model
+        self.ln_1 = nn.LayerNorm(D)
+        self.attn = Attention(config)
+        self.attn_drop = Dropout(config.dropout)
+        self.ln_2 = nn.LayerNorm(D)
+        self.fc = nn.Linear(D, 4 * D)
+        self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        self.out = nn.Linear(4 * D, D)
+        self.mlp_drop = Dropout(config.dropout)
+
+    def forward(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
+        x_BxLxD = x_BxLxD + self.attn_drop(self.attn(self.ln_1(x_BxLxD)))
+        return x_BxLxD + self.mlp_drop(self.out(self.gelu(self.fc(self.ln_2(x_BxLxD)))))
+
+
+class Model5(nn.Module):
+    """tokens [B, L] -> raw logits [B, L, V] of every position."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.seq_len, config.d_model)
+        self.drop = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        self.head.weight = self.wte.weight  # tied: one tensor, used twice
+        init_linear(self.wte.weight, None, config)  # so the linear layers' rule wins
+
+    def forward(self, tokens_BxL: torch.Tensor) -> torch.Tensor:
+        x_BxLxD = self.drop(self.embed(tokens_BxL))
+        for block in self.blocks:
+            x_BxLxD = block(x_BxLxD)
+        return self.logits(self.ln_f(x_BxLxD))
+
+    def embed(self, tokens_BxL: torch.Tensor) -> torch.Tensor:
+        positions_L = torch.arange(tokens_BxL.shape[1], device=tokens_BxL.device)
+        return self.wte(tokens_BxL) + self.wpe(positions_L)
+
+    def logits(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
+        logits_BxLxV = self.head(x_BxLxD)
+        return (
+            logits_BxLxV / math.sqrt(self.config.d_model)
+            if self.config.scale_logits
+            else (logits_BxLxV)
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init_linear(module.weight, module.bias, self.config)
+        elif isinstance(module, nn.Embedding):
+            init_embedding(module.weight, self.config)
+
+
+def init_linear(weight: torch.Tensor, bias: torch.Tensor | None, config: ModelConfig) -> None:
+    """In place, by `config.init`; the course's rule is N(0, 0.02), bias 0 (lesson 012)."""
+    name, _, std = config.init.partition(":")
+    bound = 1 / math.sqrt(weight.shape[1])
+    if name == "xavier":
+        nn.init.xavier_normal_(weight)
+    elif name == "kaiming":
+        nn.init.kaiming_normal_(weight)
+    elif name == "torch":
+        nn.init.uniform_(weight, -bound, bound)
+    else:
+        nn.init.normal_(weight, std=float(std or 0.02))
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound) if name == "torch" else nn.init.zeros_(bias)
+
+
+def init_embedding(weight: torch.Tensor, config: ModelConfig) -> None:
+    """In place; the course's rule is Xavier normal (lesson 013)."""
+    if config.init in ("course", "xavier"):
+        nn.init.xavier_normal_(weight)
+    elif config.init == "torch":
+        nn.init.normal_(weight)
+    else:
+        init_linear(weight, None, config)
