@@ -11,6 +11,12 @@ _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it; optax's clipping
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate of the update that follows `count` updates; `steps` is the whole run."""
+    rate = _schedule(config, steps)
+    # A float count: optax computes the schedules in the count's own precision.
+    return lambda count: rate(jnp.asarray(count, float))
+
+
+def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     decay = max(steps - warmup, 1)
     after = {
@@ -38,7 +44,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
     def clip(gradients: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        scale = jnp.minimum(1.0, max_norm / (optax.global_norm(gradients) + _CLIP_EPSILON))
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(gradients) + _CLIP_EPSILON))
         return jax.tree.map(lambda gradient: gradient * scale, gradients)
 
     return optax.stateless(clip)

@@ -67,7 +67,13 @@ def to_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
 
 
 def join_processes() -> None:
-    """Joins the other processes of the run, where the environment names a coordinator or a pod."""
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or pod:
+    """Joins the run's other processes: a TPU pod's, or those that three JAX_* variables name.
+
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator:
+        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(coordinator, count, index)
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()

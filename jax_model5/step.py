@@ -51,7 +51,7 @@ def train_step(
     updates, opt_state = update.update(gradients, state.opt_state, state.params)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(schedule(config.optimizer, config.steps)(state.step)),
     }
     params = optax.apply_updates(state.params, updates)

@@ -30,12 +30,21 @@ class Diverged(Exception):
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked the run to stop; a second one ends it at once."""
+    """Within it, SIGTERM or SIGINT asks the run to stop; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.name = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {
+            number: signal.signal(number, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
         self.name = signal.Signals(number).name
@@ -164,13 +173,13 @@ def train(config: TrainConfig) -> int:
     log = metrics.MetricsLog(workdir / "metrics.jsonl", start)
     say(introduction(config, corpus, programs, start))
     state = programs.init(programs.key) if state is None else state
-    stop = StopSignal()
-    try:
-        state = loop(config, corpus, programs, checkpoints, log, stop, state)
-    except Diverged as error:
-        checkpoints.wait()
-        say(f"{error}: stopped. {diverged_help(checkpoints)}")
-        return 3
+    with StopSignal() as stop:
+        try:
+            state = loop(config, corpus, programs, checkpoints, log, stop, state)
+        except Diverged as error:
+            checkpoints.wait()
+            print(f"{error}: stopped. {diverged_help(checkpoints)}", file=sys.stderr)
+            return 3
     if int(state.step) < config.steps:
         say(f"{stop.name}: saved step {int(state.step)}. Go on with\n  {resume_command(config)}")
         return 0

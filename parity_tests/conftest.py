@@ -1,0 +1,47 @@
+"""Collects every measurement of the session and prints them as one table at its end."""
+
+import jax
+import pytest
+
+MEASUREMENTS = pytest.StashKey[list]()
+CAUGHT = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    # The faults of PyTorch's side compile nothing new, and a second session compiles nothing.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    config.stash[MEASUREMENTS] = []
+    config.stash[CAUGHT] = []
+
+
+@pytest.fixture
+def measurements(request):
+    return request.config.stash[MEASUREMENTS]
+
+
+@pytest.fixture
+def caught(request):
+    return request.config.stash[CAUGHT]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    worst = {}
+    for m in config.stash[MEASUREMENTS]:
+        key = m.rung, m.dtype
+        if key not in worst or not m.error <= worst[key].error:
+            worst[key] = m
+    if worst:
+        terminalreporter.section("parity: worst error of each rung")
+        terminalreporter.write_line(
+            f"{'rung':25}{'dtype':9}{'worst error':>12}{'tolerance':>12}  where"
+        )
+    for (rung, dtype), m in sorted(worst.items()):
+        where = "" if m.error == 0 else f"{m.where} [{m.case}]"
+        terminalreporter.write_line(
+            f"{rung:25}{dtype:9}{m.error:12.1e}{m.tolerance:12.1e}  {where}"
+        )
+    if config.stash[CAUGHT]:
+        terminalreporter.section("parity: planted faults, each caught by its rung")
+    for fault, failure in config.stash[CAUGHT]:
+        terminalreporter.write_line(f"{fault.name:34}{failure}")

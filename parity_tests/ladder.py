@@ -1,0 +1,455 @@
+"""The ladder: eight rungs, each of which measures both models and names what differs most."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import torch_ref.loss
+import torch_ref.model
+import torch_ref.step
+from jax_model5 import model, objectives, optimizer, step
+from jax_model5.config import ModelConfig, OptimizerConfig, TrainConfig
+from parity_tests import bridge
+
+DTYPES = ("float64", "float32")
+
+# The largest error allowed. float64 leaves rounding no room: what is above 1e-12 is a bug.
+FLOAT64_TOLERANCE = 1e-12
+# Beside each: the worst error measured on a CPU, which it exceeds at most fourfold.
+FLOAT32_TOLERANCES: dict[str, float] = {
+    "2 operations": 6e-7,  # 2.1e-7
+    "2 layer norm, mean 300": 6e-5,  # 2.2e-5
+    "3 logits": 3e-6,  # 1.0e-6
+    "4 loss": 6e-7,  # 2.3e-7
+    "5 gradients": 8e-6,  # 3.3e-6
+    "6 updates": 1.5e-4,  # 6.1e-5
+    "7 trajectory": 4e-4,  # 1.6e-4
+    "7 trajectory, dropout": 8e-5,  # 2.2e-5
+    "8 train/eval": 4e-7,  # 1.2e-7
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """The error of one comparison; `where` names the leaf or the operation."""
+
+    rung: str
+    dtype: str
+    case: str
+    where: str
+    error: float
+
+    @property
+    def tolerance(self) -> float:
+        return tolerance(self.rung, self.dtype)
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # NaN fails
+
+    def __str__(self) -> str:
+        verb = "agrees" if self.passed else "DIFFERS"
+        return (
+            f"rung {self.rung} [{self.case}, {self.dtype}]: {self.where} {verb}: "
+            f"error {self.error:.1e}, tolerance {self.tolerance:.1e}"
+        )
+
+
+def tolerance(rung: str, dtype: str) -> float:
+    if rung in EXACT:
+        return 0.0
+    return FLOAT64_TOLERANCE if dtype == "float64" else FLOAT32_TOLERANCES[rung]
+
+
+def relative(found: Any, expected: Any) -> float:
+    """||found - expected|| / ||expected||, computed in float64."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape:
+        return np.inf
+    scale = np.linalg.norm(expected)
+    return float(np.linalg.norm(found - expected) / (scale if scale else 1.0))
+
+
+class Pair:
+    """Both models with the same random weights, and one batch of windows [B, L + 1]."""
+
+    def __init__(self, config: TrainConfig, seed: int = 0):
+        self.config = config
+        self.n_layers = config.model.n_layers
+        self.dtype = jnp.dtype(config.model.dtype)
+        self.key = jax.random.key(config.seed)
+        self.random = np.random.default_rng(seed)
+        # Far from the init: biases, scales and every leaf's place matter.
+        self.params = self.random_tree(mean=0.1, std=0.2)
+        shape = (config.batch_size, config.model.seq_len + 1)
+        self.windows = self.random.integers(0, config.model.vocab_size, shape).astype(np.int32)
+        self.torch_model = torch_ref.model.Model5(config.model).to(self.torch_dtype)
+        bridge.load(self.torch_model, self.params, self.n_layers)
+        self.torch_model.eval()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.model.dtype)
+
+    def normal(self, *shape: int, mean: float = 0.0) -> tuple[jax.Array, torch.Tensor]:
+        """The same random array for both sides."""
+        array = self.random.normal(mean, 1.0, shape).astype(self.dtype)
+        return jnp.asarray(array), torch.from_numpy(array)
+
+    def random_tree(self, mean: float, std: float) -> Any:
+        """Random values for every parameter."""
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(self.random.normal(mean, std, leaf.shape), self.dtype),
+            _shapes(self.config.model),
+        )
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """PyTorch's counterparts of the JAX leaves."""
+        return bridge.counterparts(self.torch_model, self.n_layers)
+
+    def state(self) -> step.TrainState:
+        update = optimizer.optimizer(self.config.optimizer, self.config.steps)
+        return step.TrainState(jnp.int32(0), self.params, update.init(self.params))
+
+    def block_params(self, layer: int) -> Any:
+        if layer == self.n_layers - 1:
+            return self.params["last_block"]
+        return jax.tree.map(lambda leaf: leaf[layer], self.params["trunk"])
+
+
+@functools.cache
+def _shapes(config: ModelConfig) -> Any:
+    tokens = jnp.zeros((1, config.seq_len), jnp.int32)
+    init = functools.partial(model.Model5(config).init, n_last=1, deterministic=True)
+    return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+
+
+# ---- rungs --------------------------------------------------------------------------------------
+
+Errors = Iterator[tuple[str, float]]
+_QKV_BIAS = "attn/qkv/bias"
+
+
+def weights(config: TrainConfig) -> Errors:
+    """JAX -> PyTorch -> JAX returns every leaf, bit for bit, and nothing else."""
+    pair = Pair(config)
+    extra = dict(pair.torch_model.named_parameters()).keys() ^ pair.named_parameters().keys()
+    yield f"parameters {sorted(extra)}" if extra else "parameters", float(len(extra))
+    back = bridge.flat(bridge.from_torch(pair.named_parameters(), pair.n_layers))
+    for name, leaf in bridge.flat(pair.params).items():
+        yield name, float(np.abs(back[name] - leaf).max())
+
+
+def operations(config: TrainConfig) -> Errors:
+    """Every operation of the forward pass on the same random inputs."""
+    pair, c = Pair(config), config.model
+    theirs = pair.torch_model
+    B, L, D = config.batch_size, c.seq_len, c.d_model
+    tokens = pair.windows[:, :-1]
+    embedded = pair.params["wte"][tokens] + pair.params["wpe"][:L]
+    yield "embedding", relative(embedded, theirs.embed(torch.from_numpy(tokens)).detach())
+
+    block, torch_block = pair.block_params(0), theirs.blocks[0]
+    for name, scale in (("ln_1", 1.0), ("ln_2", 1e-3)):
+        x, torch_x = (scale * side for side in pair.normal(B, L, D))
+        ours = model.layer_norm(c, None).apply({"params": block[name]}, x)
+        yield name, relative(ours, getattr(torch_block, name)(torch_x).detach())
+
+    x, torch_x = pair.normal(B, L, D)
+    qkv = model.QKV(c).apply({"params": block["attn"]["qkv"]}, x, L)
+    yield "qkv", relative(jnp.concatenate(qkv, -1), torch_block.attn.qkv(torch_x).detach())
+    for name, source in (("fc", torch_block.fc), ("proj", torch_block.attn.proj)):
+        params = block["attn"]["proj"] if name == "proj" else block[name]
+        ours = model.linear(c, "", D, source.out_features).apply({"params": params}, x)
+        yield name, relative(ours, source(torch_x).detach())
+    yield (
+        "gelu",
+        relative(jax.nn.gelu(x, approximate=c.gelu == "tanh"), torch_block.gelu(torch_x).detach()),
+    )
+    wide, torch_wide = pair.normal(B, L, 4 * D)
+    ours = model.linear(c, "", 4 * D, D).apply({"params": block["out"]}, wide)
+    yield "out", relative(ours, torch_block.out(torch_wide).detach())
+    ours = model.Attention(c).apply({"params": block["attn"]}, x, L, deterministic=True)
+    yield "attention", relative(ours, torch_block.attn(torch_x).detach())
+    ours = model.Block(c).apply({"params": block}, x, L, deterministic=True)
+    yield "block", relative(ours, torch_block(torch_x).detach())
+    ours = model.Model5(c).apply({"params": pair.params}, x, method="head")
+    yield "head", relative(ours, theirs.logits(torch_x).detach())
+
+
+def large_mean(config: TrainConfig) -> Errors:
+    """Layer norm far from 0, where a one-pass variance E[x^2] - E[x]^2 loses its digits."""
+    pair, c = Pair(config), config.model
+    x, torch_x = pair.normal(config.batch_size, c.seq_len, c.d_model, mean=300.0)
+    ours = model.layer_norm(c, None).apply({"params": pair.params["ln_f"]}, x)
+    yield "ln_f", relative(ours, pair.torch_model.ln_f(torch_x).detach())
+
+
+def logits(config: TrainConfig) -> Errors:
+    """The logits of all positions, and of the last one on the suffix path."""
+    pair = Pair(config)
+    tokens = pair.windows[:, :-1]
+    expected = pair.torch_model(torch.from_numpy(tokens)).detach()
+    for name, n in (("logits, all positions", config.model.seq_len), ("logits, last position", 1)):
+        ours = _logits(pair.params, tokens, config=config.model, n_last=n)
+        yield name, relative(ours, expected[:, -n:])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "n_last"))
+def _logits(params: Any, tokens: jax.Array, *, config: ModelConfig, n_last: int) -> Any:
+    return model.Model5(config).apply({"params": params}, tokens, n_last=n_last, deterministic=True)
+
+
+def loss(config: TrainConfig) -> Errors:
+    """The objective's mean NLL."""
+    pair = Pair(config)
+    ours, _ = _loss_and_gradients(pair.state(), pair.key, pair.windows, config=config)
+    yield f"{config.objective} loss", relative(ours, _torch_loss(pair).detach())
+
+
+def gradients(config: TrainConfig) -> Errors:
+    """The gradient of every leaf: ||a - b|| / ||b||; that of the keys' bias is 0 on both sides."""
+    pair = Pair(config)
+    _, ours = _loss_and_gradients(pair.state(), pair.key, pair.windows, config=config)
+    _torch_loss(pair).backward()
+    theirs = {name: tensor.grad for name, tensor in pair.named_parameters().items()}
+    expected = bridge.flat(bridge.from_torch(theirs, pair.n_layers))
+    for name, leaf in bridge.flat(ours).items():
+        yield name, relative(leaf, expected[name])
+        if name.endswith(_QKV_BIAS):
+            keys = [np.split(gradient, 3, axis=-1)[1] for gradient in (leaf, expected[name])]
+            norm = np.linalg.norm(expected[name])
+            yield f"{name}, keys", float(max(np.linalg.norm(k) for k in keys) / norm)
+
+
+_loss_and_gradients = jax.jit(step.loss_and_gradients, static_argnames="config")
+
+
+def _torch_loss(pair: Pair) -> torch.Tensor:
+    windows = torch.from_numpy(pair.windows)
+    n = torch_ref.loss.n_last(pair.config)
+    return torch_ref.loss.loss(pair.torch_model(windows[:, :-1]), windows[:, 1:], n)
+
+
+def updates(config: TrainConfig) -> Errors:
+    """Five updates from shared random gradients: the distance moved, of every leaf."""
+    pair = Pair(config)
+    update = optimizer.optimizer(config.optimizer, config.steps)
+    theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
+    scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
+    params, state = pair.params, update.init(pair.params)
+    for _ in range(config.steps):
+        grads = pair.random_tree(mean=0.0, std=0.1)
+        for name, gradient in bridge.to_torch(grads, pair.n_layers).items():
+            pair.named_parameters()[name].grad = gradient
+        max_norm = config.optimizer.clip_norm or np.inf
+        torch.nn.utils.clip_grad_norm_(pair.torch_model.parameters(), max_norm)
+        theirs.step()
+        scheduler.step()
+        params, state = _update(grads, state, params, config=config)
+    yield from _moved_errors(pair, params)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _update(grads: Any, state: Any, params: Any, *, config: TrainConfig) -> Any:
+    update = optimizer.optimizer(config.optimizer, config.steps)
+    changes, state = update.update(grads, state, params)
+    return optax.apply_updates(params, changes), state
+
+
+def _moved_errors(pair: Pair, params: Any) -> Errors:
+    """Errors relative to the distance from the start, so that standing still is an error of 1.
+
+    The keys' bias is left out: softmax ignores a constant added to all scores of a query, so its
+    true gradient is 0 (rung 5 measures that), and what moves it is rounding noise divided by eps.
+    """
+    start, moved = bridge.flat(pair.params), bridge.flat(params)
+    expected = bridge.flat(bridge.from_torch(pair.named_parameters(), pair.n_layers))
+    for name in start:
+        ours, theirs = moved[name] - start[name], expected[name] - start[name]
+        if name.endswith(_QKV_BIAS):
+            ours, theirs = (np.stack(np.split(bias, 3, axis=-1)[::2]) for bias in (ours, theirs))
+        yield name, relative(ours, theirs)
+
+
+def trajectory(config: TrainConfig) -> Errors:
+    """`config.steps` optimizer steps of both loops; with dropout, on JAX's recorded masks."""
+    pair = Pair(config)
+    theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
+    scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
+    state, worst = pair.state(), 0.0
+    for index in range(config.steps):
+        windows = np.roll(pair.windows, index, axis=1)
+        if config.model.dropout:
+            key = step.dropout_key(pair.key, index, 0)
+            masks = _masks(state.params, key, windows, config=config)
+            bridge.replay_masks(pair.torch_model, masks, config.model)
+        state, ours = _train_step(state, pair.key, windows, config=config)
+        expected = torch_ref.step.train_step(
+            pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
+        )
+        worst = max([worst, *(relative(ours[name], expected[name]) for name in expected)])
+    yield "losses, gradient norms, learning rates", worst
+    yield from _moved_errors(pair, state.params)
+
+
+_train_step = jax.jit(step.train_step, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _masks(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> Any:
+    _, variables = model.Model5(config.model).apply(
+        {"params": params},
+        windows[:, :-1],
+        n_last=objectives.n_last(config),
+        deterministic=False,
+        rngs={"dropout": key},
+        method="features",
+        mutable=["masks"],
+    )
+    return bridge.record_masks(variables)
+
+
+def modes(config: TrainConfig) -> Errors:
+    """`model.eval()` is `deterministic=True`, also in a model with dropout; train mode is not."""
+    pair = Pair(config)
+    windows = torch.from_numpy(pair.windows)
+    ours = _eval_step(pair.params, pair.windows, config=config)
+    pair.torch_model.train()
+    expected = torch_ref.step.eval_step(pair.torch_model, windows, config)
+    yield "eval mode: all-token NLL", relative(ours["all_token_nll"], expected["all_token_nll"])
+    yield (
+        "eval mode: final-token NLL",
+        relative(ours["final_token_nll"], expected["final_token_nll"]),
+    )
+    pair.torch_model.train()
+    first, second = (pair.torch_model(windows[:, :-1]).detach() for _ in range(2))
+    yield "train mode: dropout is on", float(torch.equal(first, second))
+
+
+_eval_step = jax.jit(step.eval_step, static_argnames="config")
+
+RUNGS: dict[str, Callable[[TrainConfig], Errors]] = {
+    "1 weights": weights,
+    "2 operations": operations,
+    "2 layer norm, mean 300": large_mean,
+    "3 logits": logits,
+    "4 loss": loss,
+    "5 gradients": gradients,
+    "6 updates": updates,
+    "7 trajectory": trajectory,
+    "7 trajectory, dropout": trajectory,
+    "8 train/eval": modes,
+}
+EXACT = ("1 weights",)
+
+
+def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
+    """Runs one rung at the config's dtype, and at the devices' full float32 precision."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    dtype = config.model.dtype
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        try:
+            errors = list(RUNGS[rung](config))
+        except bridge.Mismatch as mismatch:
+            errors = [(str(mismatch), np.inf)]
+    return [Measurement(rung, dtype, case, where, error) for where, error in errors]
+
+
+# ---- cases --------------------------------------------------------------------------------------
+
+
+def case(
+    dtype: str,
+    objective: str = "final_token",
+    batch_size: int = 3,
+    steps: int = 5,
+    accumulate: int = 1,
+    optimizer: OptimizerConfig | None = None,
+    **model_fields: Any,
+) -> TrainConfig:
+    fields = {"vocab_size": 61, "seq_len": 8, "d_model": 16, "n_heads": 4, "n_layers": 3}
+    fields |= {"dropout": 0.0, "dtype": dtype} | model_fields
+    return TrainConfig(
+        objective=objective,
+        last_k=3,
+        batch_size=batch_size,
+        steps=steps,
+        accumulate=accumulate,
+        model=ModelConfig(**fields),
+        optimizer=optimizer or OptimizerConfig(),
+    )
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "3 layers, 4 heads, L 8": {},
+    "1 layer, 1 head, L 8, batch 1": {"n_layers": 1, "n_heads": 1, "batch_size": 1},
+    "3 layers, 1 head, L 64, unscaled logits": {
+        "n_heads": 1,
+        "seq_len": 64,
+        "scale_logits": False,
+        "batch_size": 1,
+    },
+    "1 layer, 4 heads, L 256": {"n_layers": 1, "seq_len": 256},
+    "3 layers, 4 heads, L 256, erf": {"seq_len": 256, "gelu": "erf", "batch_size": 1},
+    "2 layers, 4 heads, L 33, width 64": {"n_layers": 2, "seq_len": 33, "d_model": 64},
+}
+OBJECTIVES = ("final_token", "all_tokens", "last_k")
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "adamw": OptimizerConfig(),
+    "adamw, cosine, warm-up, clipped": OptimizerConfig(
+        schedule="cosine", warmup_steps=2, clip_norm=0.5
+    ),
+    "adam, linear": OptimizerConfig(name="adam", schedule="linear", weight_decay=0.1),
+    "sgd, momentum": OptimizerConfig(name="sgd", learning_rate=0.1, weight_decay=0.1),
+    "sgd": OptimizerConfig(name="sgd", learning_rate=0.1, b1=0.0),
+}
+
+
+def cases(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
+    """(rung, case, config) of the whole ladder: every objective, on the two outer shapes all."""
+    for index, (name, fields) in enumerate(SHAPES.items()):
+        for rung in ("1 weights", "2 operations", "2 layer norm, mean 300", "3 logits"):
+            yield rung, name, case(dtype, **fields)
+        is_outer = index in (0, len(SHAPES) - 1)
+        for objective in OBJECTIVES if is_outer else [OBJECTIVES[index % 3]]:
+            for rung in ("4 loss", "5 gradients"):
+                yield rung, f"{name}, {objective}", case(dtype, objective, **fields)
+    for name, update in OPTIMIZERS.items():
+        yield "6 updates", name, case(dtype, optimizer=update, n_layers=2)
+    yield from _trajectories(dtype)
+    yield "8 train/eval", "dropout 0.1", case(dtype, dropout=0.1)
+
+
+def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
+    first, *_, last = SHAPES
+    paths = [(first, "all_tokens"), (last, "final_token")]
+    if dtype == "float64":
+        paths += [(first, "final_token"), (last, "last_k")]
+    for shape, objective in paths:
+        for rate, rung in ((0.0, "7 trajectory"), (0.1, "7 trajectory, dropout")):
+            config = case(dtype, objective, steps=20, dropout=rate, **SHAPES[shape])
+            yield rung, f"{shape}, {objective}", config
+    accumulated = case(dtype, "all_tokens", 6, steps=20, accumulate=3)
+    yield "7 trajectory", "accumulated over 3 micro-batches", accumulated
+
+
+def climb(steps: int = 5) -> Measurement | None:
+    """The first float64 measurement on the smallest case that fails: what broke, and where."""
+    clipped = OptimizerConfig(clip_norm=0.5)
+    for rung in RUNGS:
+        rate = 0.1 if rung in ("7 trajectory, dropout", "8 train/eval") else 0.0
+        update = clipped if rung == "6 updates" else OptimizerConfig()
+        config = case("float64", steps=steps, dropout=rate, optimizer=update)
+        for measurement in measure(rung, "smallest case", config):
+            if not measurement.passed:
+                return measurement
+    return None

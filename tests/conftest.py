@@ -1,0 +1,24 @@
+"""What the tests share: one compile cache, one small text, one tiny run."""
+
+import os
+
+import jax
+import pytest
+
+from tests.tiny import TEXT
+
+
+def pytest_configure(config):
+    # Also for the processes that the tests start: each program is compiled once.
+    cache = str(config.cache.mkdir("xla"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path

@@ -1,0 +1,206 @@
+"""Tokenizer, corpus cache, split and samplers."""
+
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_model5 import data, tokenizer
+from jax_model5.config import DataConfig, TrainConfig
+from tests.tiny import TEXT, start, tiny
+
+
+@pytest.fixture
+def config(tmp_path, text_file):
+    return tiny(tmp_path, text_file)
+
+
+def test_gpt2_tokens_are_openais():
+    gpt2 = tokenizer.load("gpt2")
+    assert (gpt2.n_vocab, gpt2.eot_token) == (50257, 50256)
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995]
+    # A text that merely spells the marker does not end a document.
+    assert gpt2.eot_token not in gpt2.encode_ordinary(tokenizer.END_OF_TEXT)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_text_survives_encoding(name):
+    text = "naïve 日本\r\n  spaces\t and ünïcode \U0001f600"
+    encoding = tokenizer.load(name)
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_pydocs_has_the_size_that_the_docs_state(tmp_path):
+    config = TrainConfig(data=DataConfig(cache_dir=str(tmp_path)))
+    corpus = data.load_corpus(config)
+    assert 120_000 < corpus.manifest["tokens"] < 170_000  # 139,016 on Python 3.11
+    assert corpus.manifest["documents"] > 70
+
+
+def test_documents_are_joined_with_end_of_text(tmp_path):
+    rows = [{"text": "first"}, {"text": "sécond\r\n"}, {"text": "third"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = tiny(tmp_path, tmp_path / "rows.json")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=1))
+    corpus = data.load_corpus(config)
+    joined = b"first\x00s\xc3\xa9cond\r\n\x00third\x00"
+    expected = [256 if byte == 0 else byte for byte in joined]
+    raw = tokenizer.load("bytes").decode_bytes(corpus.tokens_T.tolist())
+    assert raw == joined.replace(b"\x00", b"<|endoftext|>")
+    assert len(corpus.tokens_T) == len(expected)
+    counts = corpus.manifest
+    assert (counts["documents"], counts["tokens"]) == (3, len(expected))
+    assert counts["unique_tokens"] == len(set(corpus.tokens_T.tolist()))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix):
+    import pandas
+
+    texts = [f"text {i} ünïcode" for i in range(7)]
+    frame = pandas.DataFrame({"id": range(7), "body": texts})
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)
+    elif suffix == "json":
+        frame.to_json(path, orient="records")
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        path.mkdir()
+        frame[:3].to_parquet(path / "a.parquet")
+        frame[3:].to_json(path / "b.jsonl", orient="records", lines=True)
+    config = DataConfig(source=str(path), text_field="body", n_docs=6)
+    assert list(data.documents(config)) == texts[:6]
+
+
+def test_crlf_is_kept(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert list(data.documents(DataConfig(source=str(tmp_path / "book.txt")))) == ["one\r\ntwo\r\n"]
+
+
+def test_a_second_run_does_not_tokenize_again(config, monkeypatch):
+    first = data.load_corpus(config)
+    monkeypatch.setattr(data, "_build", None)
+    assert data.load_corpus(config).fingerprint == first.fingerprint
+
+
+def test_a_changed_file_is_tokenized_again(tmp_path, config):
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    config = tiny(tmp_path, path)
+    before = data.load_corpus(config).fingerprint
+    path.write_text(TEXT + "more")
+    assert data.load_corpus(config).fingerprint != before
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "cut the tokens", "cut the manifest", "no file"])
+def test_a_damaged_cache_is_announced_and_rebuilt(config, damage, capsys):
+    whole = data.load_corpus(config)
+    tokens_T = np.array(whole.tokens_T)
+    folder = next(Path(config.data.cache_dir).glob("text-*"))
+    tokens, manifest = folder / "tokens.bin", folder / "manifest.json"
+    content = bytearray(tokens.read_bytes())
+    if damage == "flip a byte":
+        content[1000] ^= 1
+        tokens.write_bytes(content)
+    elif damage == "cut the tokens":
+        tokens.write_bytes(content[:-7])
+    elif damage == "cut the manifest":
+        manifest.write_text(manifest.read_text()[:50])
+    else:
+        tokens.unlink()
+    capsys.readouterr()
+    rebuilt = data.load_corpus(config)
+    assert "damaged" in capsys.readouterr().err
+    assert rebuilt.fingerprint == whole.fingerprint
+    assert np.array_equal(rebuilt.tokens_T, tokens_T)
+
+
+def test_a_kill_while_tokenizing_leaves_no_half_corpus(tmp_path):
+    source, cache = tmp_path / "docs.jsonl", tmp_path / "cache"
+    source.write_text("".join(json.dumps({"text": TEXT[:3000]}) + "\n" for _ in range(20_000)))
+    args = ["--data.source", source, "--data.cache_dir", cache, "--workdir", tmp_path / "run"]
+    process = start(*args, "--steps", "1")
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in cache.glob(".building-*/tokens.bin")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path for path in cache.glob("*") if path.name != "xla"] == list(
+        cache.glob(".building-*")
+    )
+
+
+# ---- split and samplers -------------------------------------------------------------------------
+
+
+def numbered(config: TrainConfig, n_tokens: int = 1000) -> data.Corpus:
+    """A corpus whose token t is t, so that a window shows where it was cut."""
+    manifest = {"tokens_sha256": "numbered"}
+    return data._split(np.arange(n_tokens, dtype=np.uint16), manifest, config)
+
+
+def test_training_never_sees_the_test_split(config):
+    corpus = numbered(config)
+    assert corpus.n_train == 800
+    for sampling in ("random", "epoch"):
+        sampled = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, sampling=sampling)
+        )
+        batches = np.concatenate([data.train_batch(corpus, sampled, k) for k in range(500)])
+        assert batches.max() <= 799
+        assert (np.diff(batches, axis=1) == 1).all()
+        assert batches.shape[1] == config.model.seq_len + 1
+    assert batches.min() == 0
+    tests = data.test_batches(corpus, config)
+    assert tests.shape == (2, 4, 17)
+    assert tests.min() == 800
+    assert tests.max() == 999
+
+
+def test_random_starts_are_uniform_and_reach_both_ends(config):
+    corpus = numbered(config)
+    starts = np.concatenate([data.train_batch(corpus, config, k)[:, 0] for k in range(20_000)])
+    n_starts = 800 - 16
+    assert (starts.min(), starts.max()) == (0, n_starts - 1)
+    counts = np.bincount(starts, minlength=n_starts)
+    expected = len(starts) / n_starts
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi2 - n_starts) < 5 * np.sqrt(2 * n_starts)
+
+
+def test_an_epoch_visits_each_window_once(config):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling="epoch"))
+    corpus = numbered(config, n_tokens=816)
+    n_windows = (corpus.n_train - 1) // 16
+    assert n_windows % 4 == 0
+    steps = n_windows // 4
+    epochs = [
+        np.concatenate(
+            [data.train_batch(corpus, config, e * steps + k)[:, 0] for k in range(steps)]
+        )
+        for e in range(2)
+    ]
+    for starts in epochs:
+        assert sorted(starts) == [16 * i for i in range(n_windows)]
+    assert not np.array_equal(*epochs)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(config):
+    corpus = numbered(config)
+    other_seed = dataclasses.replace(config, seed=1)
+    assert np.array_equal(data.train_batch(corpus, config, 3), data.train_batch(corpus, config, 3))
+    assert not np.array_equal(
+        data.train_batch(corpus, config, 3), data.train_batch(corpus, config, 4)
+    )
+    assert not np.array_equal(
+        data.train_batch(corpus, config, 3), data.train_batch(corpus, other_seed, 3)
+    )
+    assert np.array_equal(data.test_batches(corpus, config), data.test_batches(corpus, other_seed))

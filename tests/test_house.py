@@ -1,0 +1,104 @@
+"""The layer law: a file imports only from files above it; and what may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SPINE = (
+    "config tokenizer data model objectives optimizer sharding step flops checkpoint metrics "
+    "generate train"
+).split()
+AROUND = "huggingface doctor bench compare".split()
+FRAMEWORK_FREE = ("config", "tokenizer", "data")
+
+
+def imported(source: str) -> set[str]:
+    """Every module name in the import statements of a file, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def breaches(package: str, module: str, source: str) -> list[str]:
+    """What a file of the house imports and may not."""
+    names = imported(source)
+    own = {name.split(".")[1] for name in names if name.startswith("jax_model5.")}
+    own &= {*SPINE, *AROUND}
+    wrong = []
+    if package == "jax_model5":
+        above = SPINE[: SPINE.index(module)] if module in SPINE else SPINE
+        wrong += sorted(own - set(above) - {module})
+        wrong += sorted(name for name in names if name.split(".")[0] in ("torch", "torch_ref"))
+        if module != "model":
+            wrong += sorted(name for name in names if name.startswith("flax.linen"))
+    if package == "torch_ref":
+        wrong += sorted(own - set(FRAMEWORK_FREE))
+        wrong += sorted(name for name in names if name.split(".")[0] in ("jax", "flax", "optax"))
+    return wrong
+
+
+def files():
+    for package in ("jax_model5", "torch_ref"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield package, path.relative_to(ROOT / package).parts[0].removesuffix(".py"), path
+
+
+@pytest.mark.parametrize(("package", "module", "path"), list(files()), ids=lambda x: str(x)[-30:])
+def test_a_file_imports_only_from_above(package, module, path):
+    assert breaches(package, module, path.read_text()) == []
+    assert module in ("__init__", *SPINE, *AROUND, "loss")
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "source", "wrong"),
+    [
+        ("jax_model5", "data", "from jax_model5 import model", ["model"]),
+        ("jax_model5", "step", "def f():\n    from jax_model5.train import main", ["train"]),
+        ("jax_model5", "bench", "import jax_model5.compare", ["compare"]),
+        ("jax_model5", "step", "import torch.nn", ["torch.nn"]),
+        ("jax_model5", "train", "import flax.linen as nn", ["flax.linen"]),
+        ("torch_ref", "loss", "from jax_model5 import objectives", ["objectives"]),
+        ("torch_ref", "step", "import optax", ["optax"]),
+    ],
+)
+def test_the_law_sees_a_breach(package, module, source, wrong):
+    assert breaches(package, module, source) == wrong
+
+
+def test_config_tokenizer_and_data_load_no_framework(text_file, tmp_path):
+    """Also not while they read columns through `datasets`, which imports torch when it can."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some words"}\n' * 3000)
+    script = f"""
+import sys
+from jax_model5 import config, data
+path = {str(rows)!r}
+run = config.parse(["--data.source", path, "--data.cache_dir", {str(tmp_path)!r}], "test")
+data.train_batch(data.load_corpus(run), run, 0)
+assert not {{"jax", "flax", "torch"}} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_every_file_says_in_one_sentence_what_it_is():
+    for folder in ("jax_model5", "torch_ref", "parity_tests", "tests"):
+        for path in (ROOT / folder).glob("*.py"):
+            doc = ast.get_docstring(ast.parse(path.read_text()))
+            assert doc, path
+            assert doc.split("\n\n")[0].endswith("."), path
+
+
+def test_every_function_fits_on_a_screen():
+    for _, _, path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

@@ -1,0 +1,155 @@
+"""A run that is killed, stopped, extended or diverges: nothing is lost, and the numbers stay."""
+
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from jax_model5 import metrics
+from tests.test_step import flags
+from tests.tiny import run, start, tiny, with_optimizer
+
+KILLS = 10
+STEPS = 600
+
+
+def numbers(workdir: Path) -> list[str]:
+    """The text of every record up to its speeds, byte for byte."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [line.split(', "tokens_per_second"')[0] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory, text_file):
+    """The command line of a run of 600 steps, and the numbers of one that nobody stopped."""
+    folder = tmp_path_factory.mktemp("long")
+    config = tiny(folder, text_file, steps=STEPS, checkpoint_every=7, eval_every=20)
+    code, _, err = run(*flags(config))
+    assert code == 0, err
+    workdir = Path(config.workdir)
+    assert len(numbers(workdir)) == STEPS + STEPS // 20
+    return flags(config), numbers(workdir)
+
+
+def wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def is_saving(workdir: Path) -> bool:
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def test_ten_kills_at_random_moments_change_no_number(tmp_path, long_run):
+    """SIGKILL while starting, stepping and saving; each time it is started again."""
+    args, expected = long_run
+    workdir = tmp_path / "killed"
+    dice = random.Random(0)
+    for kill in range(KILLS):
+        process = start(*args, "--workdir", workdir)
+        if kill in (0, 5):
+            time.sleep(dice.uniform(0.2, 4.0))  # wherever that is: imports, compilation, steps
+        else:
+            target = len(metrics.read(workdir / "metrics.jsonl")) + dice.randrange(1, 60)
+            wait_for(lambda t=target: len(metrics.read(workdir / "metrics.jsonl")) >= t, process)
+        if kill % 3 == 1:
+            wait_for(lambda: is_saving(workdir), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
+    code, out, err = run(*args, "--workdir", workdir)
+    assert code == 0, err
+    assert "resuming" in out
+    assert numbers(workdir) == expected
+    assert not is_saving(workdir)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
+    args, expected = long_run
+    args = [*args, "--steps=200"]
+    expected = [line for line in expected if int(re.search(r'"step": (\d+)', line)[1]) <= 200]
+    workdir = tmp_path / "stopped"
+    process = start(*args, "--workdir", workdir)
+    wait_for(lambda: len(metrics.read(workdir / "metrics.jsonl")) > 30, process)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    step = int(re.search(rf"{name}: saved step (\d+)", out).group(1))
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    command = re.search(r"python -m jax_model5.train (.*)", out).group(1)
+    code, out, err = run(*command.split())
+    assert code == 0, err
+    assert f"at step {step}" in out
+    assert numbers(workdir) == expected
+
+
+def test_a_finished_run_says_so_and_can_go_on_longer(tmp_path, text_file):
+    config = tiny(tmp_path, text_file)
+    assert run(*flags(config))[0] == 0
+    workdir = Path(config.workdir)
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    code, out, _ = run(*flags(config))
+    assert code == 0
+    assert "finished at step 12" in out
+    assert str(workdir) in out
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    longer = re.search(r"python -m jax_model5.train (.*)", out).group(1)
+    code, out, err = run(*longer.split())
+    assert code == 0, err
+    records = metrics.read(workdir / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 25))
+    assert (workdir / "samples.txt").read_text().startswith("# step 24\n")
+
+
+def test_a_run_writes_only_what_the_design_names(tmp_path, text_file):
+    config = tiny(tmp_path, text_file)
+    code, out, _ = run(*flags(config))
+    assert code == 0
+    names = {path.name for path in Path(config.workdir).iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "run"}
+    records = metrics.read(Path(config.workdir, "metrics.jsonl"))
+    train = "kind step loss grad_norm learning_rate tokens_per_second targets_per_second".split()
+    for record in records:
+        expected = (
+            train if record["kind"] == "train" else [*train[:2], "final_token_nll", "all_token_nll"]
+        )
+        assert list(record) == expected
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [5, 10, 12]
+    samples = Path(config.workdir, "samples.txt").read_text()
+    assert "temperature 0.7" in samples
+    assert samples in out
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_state(tmp_path, text_file):
+    config = with_optimizer(
+        tiny(tmp_path, text_file, steps=60), name="sgd", learning_rate=1e30, warmup_steps=0
+    )
+    code, _, err = run(*flags(config), "--checkpoint_every", "1", "--keep", "3")
+    assert code == 3
+    line = err.strip().splitlines()[-1]
+    assert re.search(r"step \d+: (loss|grad_norm)=(nan|inf): stopped", line)
+    last_good = int(re.search(r"checkpoint (\d+) in", line).group(1))
+    stopped = int(re.search(r"step (\d+):", line).group(1))
+    assert last_good < stopped
+    assert "Traceback" not in err
+    assert all(r["step"] < stopped for r in metrics.read(Path(config.workdir, "metrics.jsonl")))
+
+
+def test_the_reference_trains_on_the_same_config_and_batches(tmp_path, text_file):
+    config = tiny(tmp_path, text_file, steps=6)
+    assert run(*flags(config), "--model.dropout=0")[0] == 0
+    code, _, err = run(*flags(config), "--model.dropout=0", module="torch_ref.train")
+    assert code == 0, err
+    ours = metrics.read(Path(config.workdir, "metrics.jsonl"))
+    theirs = metrics.read(Path(config.workdir, "torch_metrics.jsonl"))
+    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
+    assert theirs[-1]["all_token_nll"] == pytest.approx(ours[-1]["all_token_nll"], rel=0.02)

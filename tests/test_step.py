@@ -1,0 +1,187 @@
+"""One step: accumulation, many devices, many processes, the optimizer's place in it."""
+
+import dataclasses
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_model5 import objectives, step
+from jax_model5.config import TrainConfig
+from tests.tiny import MODEL, ROOT, run, tiny
+
+PLAIN = TrainConfig(
+    model=dataclasses.replace(MODEL, dropout=0.0), batch_size=8, objective="all_tokens"
+)
+
+
+def windows(rows: int = 8) -> jax.Array:
+    return jax.random.randint(jax.random.key(9), (rows, MODEL.seq_len + 1), 0, MODEL.vocab_size)
+
+
+def new_state(config: TrainConfig) -> step.TrainState:
+    return jax.jit(step.init_state, static_argnames="config")(jax.random.key(0), config=config)
+
+
+def loss_and_gradients(config: TrainConfig):
+    state = new_state(config)
+    run_step = jax.jit(functools.partial(step.loss_and_gradients, config=config))
+    return run_step(state, jax.random.key(0), windows())
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_micro_batches_are_the_large_batch(accumulate):
+    loss, gradients = loss_and_gradients(PLAIN)
+    ours = loss_and_gradients(dataclasses.replace(PLAIN, accumulate=accumulate))
+    assert ours[0] == pytest.approx(float(loss), rel=3e-7)
+    for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(gradients), strict=True):
+        assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
+
+
+def test_micro_batches_drop_different_units():
+    config = dataclasses.replace(PLAIN, accumulate=8, model=dataclasses.replace(MODEL, dropout=0.5))
+    state = new_state(config)
+    same_rows = jnp.tile(windows(1), (8, 1))
+    twice = dataclasses.replace(config, accumulate=1, batch_size=1)
+    run_step = jax.jit(step.loss_and_gradients, static_argnames="config")
+    loss, _ = run_step(state, jax.random.key(0), same_rows, config=config)
+    alone, _ = run_step(state, jax.random.key(0), windows(1), config=twice)
+    assert abs(float(loss) - float(alone)) > 1e-4
+
+
+def test_a_step_moves_every_parameter_and_counts():
+    config = dataclasses.replace(PLAIN, model=MODEL)
+    before = new_state(config)
+    after, metrics = jax.jit(functools.partial(step.train_step, config=config))(
+        before, jax.random.key(0), windows()
+    )
+    assert int(after.step) == 1
+    for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert not np.array_equal(a, b)
+    assert metrics["learning_rate"] == pytest.approx(1e-3)
+    assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "n"), [("final_token", 1), ("last_k", 3), ("all_tokens", MODEL.seq_len)]
+)
+def test_only_the_objectives_targets_matter(objective, n):
+    """Changing a target outside the last N leaves the loss as it is; inside, it changes it."""
+    config = dataclasses.replace(PLAIN, objective=objective, last_k=3)
+    assert objectives.n_last(config) == n
+    params = new_state(config).params
+    loss = jax.jit(
+        functools.partial(
+            objectives.window_nll, params, config=config, n_last=n, deterministic=True
+        )
+    )
+    base = np.asarray(loss(windows()))
+    assert base.shape == (8, n)
+    last = windows().at[:, -1].add(1)
+    assert (np.asarray(loss(last % MODEL.vocab_size))[:, -1] != base[:, -1]).all()
+
+
+def test_eval_reports_both_losses_whatever_the_objective():
+    state = new_state(PLAIN)
+    final = dataclasses.replace(PLAIN, objective="final_token")
+    evaluate = jax.jit(step.eval_step, static_argnames="config")
+    results = [evaluate(state.params, windows(), config=c) for c in (PLAIN, final)]
+    assert results[0] == results[1]
+    nll = functools.partial(objectives.window_nll, config=PLAIN, deterministic=True)
+    all_nll = jax.jit(functools.partial(nll, n_last=MODEL.seq_len))(state.params, windows())
+    last_nll = jax.jit(functools.partial(nll, n_last=1))(state.params, windows())
+    assert results[0]["all_token_nll"] == pytest.approx(float(all_nll.mean()), rel=1e-6)
+    assert results[0]["final_token_nll"] == pytest.approx(float(last_nll.mean()), rel=1e-6)
+
+
+# ---- devices and processes ----------------------------------------------------------------------
+
+
+def losses(workdir) -> list[float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+
+
+def flags(config: TrainConfig) -> list[str]:
+    from jax_model5.config import flatten
+
+    return [f"--{key}={value}" for key, value in flatten(config).items()]
+
+
+def eight_devices() -> dict[str, str]:
+    return os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+def test_one_and_eight_devices_train_alike(tmp_path, text_file):
+    """Also with the parameters sharded; and a checkpoint of 8 devices restores onto 1."""
+    config = tiny(tmp_path, text_file, batch_size=8, steps=8)
+    one = tmp_path / "one"
+    assert run(*flags(config), "--workdir", one)[0] == 0
+    for mesh in ("--mesh.data=8", "--mesh.fsdp=4"):
+        eight = tmp_path / f"eight{mesh}"
+        code, out, err = run(*flags(config), mesh, "--workdir", eight, env=eight_devices())
+        assert code == 0, err
+        assert "8 x cpu" in out
+        np.testing.assert_allclose(losses(eight), losses(one), rtol=2e-6)
+    code, out, err = run(*flags(config), "--workdir", eight, "--steps", "12")
+    assert code == 0, err
+    assert "resuming" in out
+    assert len(losses(eight)) == 12
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+BATCH_ROWS = """
+import os, sys, json, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+from jax_model5 import config, data, sharding
+sharding.join_processes()
+run = config.parse(sys.argv[1:], "test")
+batch = data.train_batch(data.load_corpus(run), run, 5)
+rows = sharding.to_devices(sharding.make_mesh(run), batch)
+total = jax.jit(lambda x: x.sum())(rows)
+shards = {s.index[0].start or 0: s.data.tolist() for s in rows.addressable_shards}
+print(json.dumps([jax.process_count(), int(total), shards]))
+"""
+
+
+def test_four_processes_see_the_batch_of_one(tmp_path, text_file):
+    config = tiny(tmp_path, text_file, batch_size=8)
+    port = free_port()
+
+    def launch(process: int | None) -> subprocess.Popen:
+        env = dict(os.environ)
+        if process is not None:
+            env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+            env["JAX_NUM_PROCESSES"], env["JAX_PROCESS_ID"] = "4", str(process)
+        return subprocess.Popen(
+            [sys.executable, "-c", BATCH_ROWS, *flags(config)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def result(process: subprocess.Popen) -> tuple[int, int, dict[str, list]]:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        return json.loads(out.splitlines()[-1])
+
+    count, total, whole = result(launch(None))
+    assert count == 1
+    together: dict[int, list] = {}
+    for count, part_total, shards in map(result, [launch(p) for p in range(4)]):
+        assert (count, part_total) == (4, total)
+        together |= {int(start): rows for start, rows in shards.items()}
+    assert [row for start in sorted(together) for row in together[start]] == whole["0"]

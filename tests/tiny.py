@@ -1,0 +1,58 @@
+"""A run that takes seconds: its text, its config, and its command line."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+from jax_model5.config import DataConfig, ModelConfig, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(
+    f"{n} times {n} is {n * n}, and that was line {n} of the text.\n" for n in range(400)
+)
+MODEL = ModelConfig(vocab_size=257, seq_len=16, d_model=16, n_heads=2, n_layers=3)
+
+
+def tiny(folder: Path, source: Path, **fields) -> TrainConfig:
+    data = DataConfig(
+        source=str(source), tokenizer="bytes", cache_dir=str(folder / "cache"), test_fraction=0.2
+    )
+    defaults = {
+        "model": MODEL,
+        "data": data,
+        "steps": 12,
+        "batch_size": 4,
+        "eval_every": 5,
+        "eval_batches": 2,
+        "checkpoint_every": 4,
+        "workdir": str(folder / "run"),
+    }
+    return TrainConfig(**defaults | fields)
+
+
+def with_model(config: TrainConfig, **fields) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def with_optimizer(config: TrainConfig, **fields) -> TrainConfig:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **fields))
+
+
+def start(*args: str, module: str = "jax_model5.train", **popen) -> subprocess.Popen:
+    """The real command line, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def run(*args: str, module: str = "jax_model5.train", **popen) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the real command line."""
+    process = start(*args, module=module, **popen)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
