@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import gc
 import importlib.metadata
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,10 +82,9 @@ class Checkpoints:
         damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                with _quiet():
-                    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-                    _require_same_run(meta, config, fingerprint)
-                    state = self._restore_state(step, abstract_state, meta["checksums"])
+                meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+                _require_same_run(meta, config, fingerprint)
+                state = self._restore_state(step, abstract_state, meta["checksums"])
             except UserError:
                 raise
             except Exception as error:  # Orbax and tensorstore raise many kinds
@@ -213,13 +210,3 @@ def _note_versions(meta: dict[str, Any]) -> None:
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if changes:
         print("packages changed, the last bits may differ:", ", ".join(changes), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what dying coroutines of a failed read print off the terminal."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            yield
-        finally:
-            gc.collect()

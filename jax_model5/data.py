@@ -112,6 +112,7 @@ def _text_file(path: Path) -> Iterator[str]:
 
 def _table(path: Path, config: DataConfig) -> Iterator[str]:
     datasets = _import_datasets()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well
     kind = SUFFIXES[path.suffix]
     try:
         yield from _texts(

@@ -10,6 +10,7 @@ from jax_model5.model import Model5
 from jax_model5.objectives import n_last, window_nll
 from jax_model5.optimizer import optimizer, schedule
 
+TEST_METRICS = ("final_token_nll", "all_token_nll")
 _INIT, _DROPOUT = 0, 1  # what a key is for: folded into the run's one key
 
 
@@ -99,4 +100,4 @@ def eval_step(
     nll_BxL = window_nll(
         params, windows_BxL1, config, n_last=config.model.seq_len, deterministic=True
     )
-    return {"final_token_nll": nll_BxL[:, -1].mean(), "all_token_nll": nll_BxL.mean()}
+    return dict(zip(TEST_METRICS, (nll_BxL[:, -1].mean(), nll_BxL.mean()), strict=True))

@@ -19,7 +19,7 @@ from jax_model5 import data, metrics, objectives, sharding, tokenizer
 from jax_model5.checkpoint import Checkpoints
 from jax_model5.config import TrainConfig, UserError, one_line_errors, parse, to_yaml
 from jax_model5.generate import continue_windows
-from jax_model5.step import TrainState, eval_step, init_state, train_step
+from jax_model5.step import TEST_METRICS, TrainState, eval_step, init_state, train_step
 
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _PROMPT_TOKENS = 2, 60, 30
 _SAMPLE_TEMPERATURES = (0.7, 1.0)
@@ -136,6 +136,11 @@ def main() -> int:
         set_up_jax(config)
         try:
             return train(config)
+        except OSError as error:
+            raise UserError(
+                f"workdir={config.workdir!r}: {error.strerror or error}; make room or name another "
+                "folder. What was saved is kept"
+            ) from None
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -146,6 +151,8 @@ def main() -> int:
 
 
 def set_up_jax(config: TrainConfig) -> None:
+    # A failed read or save is raised; what its callbacks cannot raise is the same news again.
+    sys.unraisablehook = lambda _: None
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's; what matters is raised
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -232,7 +239,7 @@ def evaluate(
     """Mean test NLL [nats] over the fixed batches, by name."""
     results = [programs.evaluate(state.params, batch) for batch in test_batches]
     totals = jax.device_get(jax.tree.map(lambda *values: sum(values), *results))
-    return {name: float(total) / len(results) for name, total in totals.items()}
+    return {name: float(totals[name]) / len(results) for name in TEST_METRICS}
 
 
 def save(

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax_model5.config import DataConfig, ModelConfig, TrainConfig
@@ -39,10 +40,12 @@ def with_optimizer(config: TrainConfig, **fields) -> TrainConfig:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **fields))
 
 
-def start(*args: str, module: str = "jax_model5.train", **popen) -> subprocess.Popen:
+def start(
+    *args: str, module: str = "jax_model5.train", prefix: Sequence[str] = (), **popen
+) -> subprocess.Popen:
     """The real command line, in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)],
+        [*prefix, sys.executable, "-m", module, *map(str, args)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,178 @@
+"""Bad input through the real command line: one line, exit code 2, no traceback, no result."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jax_model5 import train
+from tests.test_step import flags
+from tests.tiny import TEXT, run, tiny
+
+ONE_LINE = {
+    # name: (arguments, what the line must say)
+    "unknown key": ("--model.d_modl 64", ["model.d_modl='64'", "did you mean model.d_model?"]),
+    "key without its group": ("--d_model 64", ["d_model='64'", "did you mean model.d_model?"]),
+    "no such key at all": ("--frobnicate 1", ["frobnicate='1'", "--help"]),
+    "a group for a key": ("--model 3", ["model='3'", "unknown key"]),
+    "missing value": ("--steps", ["--steps", "value is missing"]),
+    "missing value before a key": ("--steps --seed 1", ["--steps", "value is missing"]),
+    "no dashes": ("steps 3", ["'steps'", "two dashes"]),
+    "text for a whole number": ("--steps ten", ["steps='ten'", "a whole number"]),
+    "fraction for a whole number": ("--batch_size 1.5", ["batch_size='1.5'", "a whole number"]),
+    "text for a number": ("--model.dropout much", ["model.dropout='much'", "a number"]),
+    "text for a switch": ("--model.scale_logits maybe", ["model.scale_logits", "True or False"]),
+    "not one of the names": ("--objective last", ["objective='last'", "final_token"]),
+    "unknown dtype": ("--model.dtype float16", ["model.dtype='float16'", "bfloat16"]),
+    "no steps": ("--steps 0", ["steps=0", "at least 1"]),
+    "no rows": ("--batch_size 0", ["batch_size=0", "at least 1"]),
+    "heads that do not divide": ("--model.n_heads 3", ["model.n_heads=3", "d_model=16"]),
+    "dropout of 1": ("--model.dropout 1.0", ["model.dropout=1.0", "[0, 1)"]),
+    "dropout below 0": ("--model.dropout=-0.1", ["model.dropout=-0.1", "[0, 1)"]),
+    "no layers": ("--model.n_layers 0", ["model.n_layers=0", "at least 1"]),
+    "unknown init": ("--model.init orthogonal", ["model.init='orthogonal'", "xavier"]),
+    "init without std": ("--model.init normal:", ["model.init='normal:'", "normal:0.02"]),
+    "last_k beyond L": ("--last_k 17", ["last_k=17", "seq_len=16"]),
+    "accumulate does not divide": ("--accumulate 3", ["accumulate=3", "batch_size=4"]),
+    "learning rate not a number": ("--optimizer.learning_rate nan", ["learning_rate=nan"]),
+    "b2 of 1": ("--optimizer.b2 1", ["optimizer.b2=1", "[0, 1)"]),
+    "negative seed": ("--seed -1", ["seed=-1"]),
+    "test fraction": ("--data.test_fraction 1", ["data.test_fraction=1", "between 0 and 1"]),
+    "no config file": ("--config {tmp}/none.yaml", ["config=", "none.yaml", "No such file"]),
+    "config is no YAML": ("--config {tmp}/broken.yaml", ["config=", "YAML"]),
+    "config runs no code": ("--config {tmp}/code.yaml", ["config=", "YAML"]),
+    "config is a list": ("--config {tmp}/list.yaml", ["config=", "key: value"]),
+    "unknown key in a file": ("--config {tmp}/unknown.yaml", ["optimizer.lr", "unknown key"]),
+    "null in a file": ("--config {tmp}/null.yaml", ["steps", "None"]),
+    "no such source": ("--data.source {tmp}/none.txt", ["data.source=", "no such file"]),
+    "unknown kind of file": ("--data.source {tmp}/text.pdf", ["data.source=", ".jsonl"]),
+    "empty file": ("--data.source {tmp}/empty.txt", ["data.source=", "holds no text"]),
+    "folder without text": ("--data.source {tmp}/folder", ["data.source=", "holds no file"]),
+    "not UTF-8": ("--data.source {tmp}/latin1.txt", ["data.source=", "byte 3", "UTF-8"]),
+    "missing column": (
+        "--data.source {tmp}/rows.jsonl --data.text_field body",
+        ["data.text_field='body'", "it has id, text"],
+    ),
+    "a column without text": (
+        "--data.source {tmp}/rows.jsonl --data.text_field id",
+        ["data.text_field='id'", "row 0", "no text"],
+    ),
+    "broken rows": ("--data.source {tmp}/broken.jsonl", ["broken.jsonl", "not readable as .jsonl"]),
+    "broken parquet": ("--data.source {tmp}/broken.parquet", ["not readable as .parquet"]),
+    "text too short": ("--data.source {tmp}/short.txt", ["data.source=", "window of 17"]),
+    "test split without a window": (
+        "--data.test_fraction 0.0001",
+        ["data.source=", "test split", "window of 17"],
+    ),
+    "token ids beyond V": ("--model.vocab_size 100", ["model.vocab_size=100", "257"]),
+    "no network": ("--data.source fineweb", ["data.source='fineweb'", "network", "pydocs"]),
+    "workdir in a file": ("--workdir {tmp}/short.txt/run", ["workdir=", "Not a directory"]),
+    "cache in a file": (
+        "--data.cache_dir {tmp}/short.txt/cache",
+        ["data.cache_dir=", "Not a directory"],
+    ),
+    "more devices than there are": ("--mesh.fsdp 2", ["mesh.fsdp=2", "there are 1"]),
+    "no such backend": ("", ["no device", "JAX_PLATFORMS"]),
+    "batch does not split": ("", ["batch_size=4", "8 devices", "multiple of 8"]),
+}
+ENVIRONMENTS = {
+    "no network": {"HF_HUB_OFFLINE": "1"},
+    "no such backend": {"JAX_PLATFORMS": "quantum"},
+    "batch does not split": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+}
+
+
+def write_inputs(folder: Path) -> None:
+    texts = {
+        "broken.yaml": "steps: [1\n",
+        "code.yaml": "steps: !!python/object/apply:os.system ['true']\n",
+        "list.yaml": "- steps\n",
+        "unknown.yaml": "optimizer:\n  lr: 0.1\n",
+        "null.yaml": "steps:\n",
+        "text.pdf": TEXT,
+        "empty.txt": "",
+        "short.txt": "short",
+        "rows.jsonl": json.dumps({"id": 1, "text": "some text"}) + "\n",
+        "broken.jsonl": '{"text": "a"}\n{"text": \n',
+        "broken.parquet": "PAR1 and then nothing",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "latin1.txt").write_bytes("nai\u00efve".encode("latin-1"))
+    (folder / "folder").mkdir()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, text_file):
+    """Every case at once, two processes at a time: (exit code, output, errors, what it wrote)."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    write_inputs(inputs)
+
+    def attempt(name: str):
+        folder = tmp_path_factory.mktemp("attempt")
+        args = ONE_LINE[name][0].format(tmp=inputs).split()
+        environment = os.environ | ENVIRONMENTS.get(name, {})
+        result = run(*flags(tiny(folder, text_file)), *args, env=environment)
+        written = [p for p in folder.rglob("*") if "cache" not in p.relative_to(folder).parts]
+        corpora = [p for p in folder.glob("cache/*") if p.name != "xla"]
+        return *result, written, corpora
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ONE_LINE, pool.map(attempt, ONE_LINE), strict=True))
+
+
+@pytest.mark.parametrize("name", ONE_LINE)
+def test_bad_input_ends_with_one_line(results, name):
+    code, out, err, written, _ = results[name]
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if not line.startswith("tokenized ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) < 500
+    for part in ONE_LINE[name][1]:
+        assert part in lines[0], lines[0]
+    assert out == ""
+    assert written == []
+
+
+def test_no_half_corpus_is_left(results):
+    for name, (*_, corpora) in results.items():
+        assert not [path for path in corpora if path.name.startswith(".building")], name
+
+
+def test_the_reference_says_the_same():
+    for args in ("--model.d_modl 64", "--data.source none.txt"):
+        ours, theirs = (
+            run(*args.split(), module=f"{m}.train") for m in ("jax_model5", "torch_ref")
+        )
+        assert ours == theirs
+        assert ours[0] == 2
+
+
+# As on a full disk, a write fails: no file may grow beyond 20 kB.
+FULL_DISK = ["bash", "-c", 'ulimit -f 20; exec "$@"', "--"]
+
+
+def test_a_full_disk_while_tokenizing(tmp_path, text_file):
+    code, _, err = run(*flags(tiny(tmp_path, text_file)), prefix=FULL_DISK)
+    assert code == 2
+    assert err.startswith("error: data.cache_dir=")
+    assert len(err.splitlines()) == 1
+    assert list((tmp_path / "cache").glob("*text*")) == []
+    assert list((tmp_path / "cache").glob(".building*")) == []
+
+
+def test_a_full_disk_while_saving_keeps_what_was_saved(tmp_path, text_file):
+    config = tiny(tmp_path, text_file, steps=8)
+    assert train.train(config) == 0
+    before = sorted(Path(config.workdir, "checkpoints").iterdir())
+    longer = [*flags(config), "--steps=16"]
+    code, _, err = run(*longer, prefix=FULL_DISK)
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: workdir=")
+    assert "Traceback" not in err
+    assert sorted(Path(config.workdir, "checkpoints").glob("[0-9]")) == before
+    assert run(*longer)[0] == 0
