@@ -151,9 +151,10 @@ def main() -> int:
 
 
 def set_up_jax(config: TrainConfig) -> None:
-    # A failed read or save is raised; what its callbacks cannot raise is the same news again.
+    # A failed read or save is raised; what its callbacks and tasks report is the same news again.
     sys.unraisablehook = lambda _: None
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's; what matters is raised
+    for source in ("absl", "asyncio"):
+        logging.getLogger(source).setLevel(logging.CRITICAL)
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(config.data.cache_dir).expanduser() / "xla"

@@ -14,7 +14,6 @@ from jax_model5.config import UserError, parse
 from tests.test_step import flags
 from tests.tiny import ROOT, run, tiny, with_model, with_optimizer
 
-
 # tensorstore reports a failed read a second time, where nobody can catch it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

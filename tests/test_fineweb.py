@@ -53,6 +53,7 @@ socket.getaddrinfo = loopback_only
 from jax_model5 import data
 from jax_model5.config import *
 
+data._BATCH_DOCS = 10  # several batches a file
 exec(sys.argv[1])
 try:
     result = eval(sys.argv[2])
