@@ -114,7 +114,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     """adamw: decay outside the adaptive step; adam, sgd: decay added to the gradient (L2)."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Peak learning rate [parameter units per step]."""
     weight_decay: float = 0.01
     """Weight decay, on every parameter as in the course [1 / learning rate]."""
@@ -165,7 +165,7 @@ class TrainConfig:
     """Which positions get a loss: the last one, all of them, or the last `last_k`."""
     last_k: int = 1
     """Positions that get a loss under objective last_k [positions]."""
-    steps: int = 800
+    steps: int = 200
     """Optimizer steps of the whole run [steps]."""
     batch_size: int = 16
     """B, sequences per optimizer step, over all devices [sequences]."""

@@ -8,13 +8,14 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import rich.console
@@ -66,7 +67,10 @@ def _all_documents(config: DataConfig) -> Iterator[str]:
     if config.source == "fineweb":
         return _hub_documents(*FINEWEB, config)
     if config.source.startswith("hf:"):
-        return _hub_documents(config.source[3:], None, config)
+        repository = config.source[3:]
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            raise UserError(f"data.source={config.source!r}: write it as hf:OWNER/NAME")
+        return _hub_documents(repository, None, config)
     return itertools.chain.from_iterable(
         _text_file(path) if path.suffix == ".txt" else _table(path, config)
         for path in _files(config.source)
@@ -113,12 +117,15 @@ def _text_file(path: Path) -> Iterator[str]:
 def _table(path: Path, config: DataConfig) -> Iterator[str]:
     datasets = _import_datasets()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well
-    kind = SUFFIXES[path.suffix]
     try:
-        yield from _texts(
-            datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True),
-            config,
-        )
+        if path.suffix == ".parquet":
+            with open(path, "rb") as file:
+                yield from _texts(_parquet_rows(file, config), config)
+        else:
+            rows = datasets.load_dataset(
+                SUFFIXES[path.suffix], data_files=str(path), split="train", streaming=True
+            )
+            yield from _texts(rows, config)
     except UserError:
         raise
     except Exception as error:  # each file format has errors of its own
@@ -128,24 +135,59 @@ def _table(path: Path, config: DataConfig) -> Iterator[str]:
         ) from None
 
 
+def _parquet_rows(file: BinaryIO, config: DataConfig) -> Iterator[dict[str, Any]]:
+    """The rows, read in this thread and only the text of them.
+
+    `datasets` would leave Parquet files to Arrow's threads. They read on after the last document
+    that is asked for, and a Python that ends meanwhile aborts or hangs (apache/arrow#45214).
+    """
+    import pyarrow.parquet
+
+    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+    is_there = config.text_field in parquet.schema_arrow.names
+    columns = [config.text_field] if is_there else None
+    for batch in parquet.iter_batches(_BATCH_DOCS, columns=columns, use_threads=False):
+        yield from batch.to_pylist()
+
+
+def _hub_rows(repository: str, name: str | None, config: DataConfig) -> Iterator[dict[str, Any]]:
+    import fsspec
+
+    datasets = _import_datasets()
+    files = datasets.load_dataset_builder(repository, name=name).config.data_files or {}
+    urls = files.get("train", [])
+    if not urls or not all(url.endswith(".parquet") for url in urls):
+        yield from datasets.load_dataset(repository, name=name, split="train", streaming=True)
+        return
+    for url in urls:
+        with fsspec.open(url) as file:
+            yield from _parquet_rows(file, config)
+
+
 def _hub_documents(repository: str, name: str | None, config: DataConfig) -> Iterator[str]:
     datasets = _import_datasets()
     done = failures = 0
     while True:
         try:
-            rows = datasets.load_dataset(repository, name=name, split="train", streaming=True)
-            for text in _texts(rows.skip(done), config):
+            rows = itertools.islice(_hub_rows(repository, name, config), done, None)
+            for text in _texts(rows, config, done):
                 yield text
                 done, failures = done + 1, 0
             return
+        except UserError:
+            raise
         except datasets.exceptions.DatasetNotFoundError:
             raise UserError(
                 f"data.source={config.source!r}: {repository} is not a public data set of the hub"
             ) from None
-        except (OSError, RuntimeError) as error:
+        except (ValueError, datasets.data_files.EmptyDatasetError) as error:
+            reason = str(error).split("\n")[0]  # no such config or split, a damaged file
+            raise UserError(f"data.source={config.source!r}: not readable: {reason}") from None
+        except Exception as error:  # the HTTP client's errors are no OSError
             failures += 1
-            if failures > _RETRIES or os.environ.get("HF_HUB_OFFLINE"):
-                reason = str(error).split("\n")[0]
+            # One retry before the first document: the hub's client has retried for 23 s itself.
+            if failures > (_RETRIES if done else 1) or datasets.config.HF_HUB_OFFLINE:
+                reason = str(error).split("\n")[0] or type(error).__name__
                 raise UserError(
                     f"data.source={config.source!r}: cannot be read after {done} documents: "
                     f"{reason}; check the network, or {_OFFLINE_WAYS}"
@@ -163,9 +205,9 @@ def _import_datasets() -> ModuleType:
     return datasets
 
 
-def _texts(rows: Iterable[dict[str, Any]], config: DataConfig) -> Iterator[str]:
+def _texts(rows: Iterable[dict[str, Any]], config: DataConfig, first: int = 0) -> Iterator[str]:
     field = config.text_field
-    for index, row in enumerate(rows):
+    for index, row in enumerate(rows, first):
         if field not in row:
             raise UserError(
                 f"data.text_field={field!r}: {config.source} has no such column; "

@@ -106,12 +106,11 @@ class Attention(nn.Module):
         c = self.config
         B, L, D = x_BxLxD.shape
         N, H, K = n_last, c.n_heads, c.d_model // c.n_heads
-        q_BxND, k_BxLD, v_BxLD = QKV(c, name="qkv")(x_BxLxD, N)
-        q_BxNxHxK = q_BxND.reshape(B, N, H, K)
-        k_BxLxHxK = k_BxLD.reshape(B, L, H, K)
-        v_BxLxHxK = v_BxLD.reshape(B, L, H, K)
-
-        scores_BxHxNxL = jnp.einsum("bnhk,blhk->bhnl", q_BxNxHxK, k_BxLxHxK) / math.sqrt(K)
+        q_BxHxNxK, k_BxHxLxK, v_BxHxLxK = (
+            part_BxSxD.reshape(B, -1, H, K).swapaxes(1, 2)  # S is N for queries, L for the others
+            for part_BxSxD in QKV(c, name="qkv")(x_BxLxD, N)
+        )
+        scores_BxHxNxL = q_BxHxNxK @ k_BxHxLxK.swapaxes(2, 3) / math.sqrt(K)
         is_past_NxL = jnp.arange(L) <= jnp.arange(L - N, L)[:, None]
         scores_BxHxNxL = jnp.where(is_past_NxL, scores_BxHxNxL, -jnp.inf)
         weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(c.dtype)))
@@ -119,8 +118,8 @@ class Attention(nn.Module):
         weights_BxHxNxL = Dropout(c.dropout, name="drop")(
             weights_BxHxNxL, deterministic=deterministic
         )
-        y_BxNxHxK = jnp.einsum("bhnl,blhk->bnhk", weights_BxHxNxL, v_BxLxHxK)
-        return linear(c, "proj", D, D)(y_BxNxHxK.reshape(B, N, D))
+        y_BxHxNxK = weights_BxHxNxL @ v_BxHxLxK
+        return linear(c, "proj", D, D)(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
 
 
 class QKV(nn.Module):

@@ -367,6 +367,9 @@ def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
 # ---- cases --------------------------------------------------------------------------------------
 
 
+ADAMW = OptimizerConfig(learning_rate=1e-3)
+
+
 def case(
     dtype: str,
     objective: str = "final_token",
@@ -385,7 +388,7 @@ def case(
         steps=steps,
         accumulate=accumulate,
         model=ModelConfig(**fields),
-        optimizer=optimizer or OptimizerConfig(),
+        optimizer=optimizer or ADAMW,
     )
 
 
@@ -404,11 +407,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 OBJECTIVES = ("final_token", "all_tokens", "last_k")
 OPTIMIZERS: dict[str, OptimizerConfig] = {
-    "adamw": OptimizerConfig(),
-    "adamw, cosine, warm-up, clipped": OptimizerConfig(
-        schedule="cosine", warmup_steps=2, clip_norm=0.5
+    "adamw": ADAMW,
+    "adamw, cosine, warm-up, clipped": dataclasses.replace(
+        ADAMW, schedule="cosine", warmup_steps=2, clip_norm=0.5
     ),
-    "adam, linear": OptimizerConfig(name="adam", schedule="linear", weight_decay=0.1),
+    "adam, linear": dataclasses.replace(ADAMW, name="adam", schedule="linear", weight_decay=0.1),
     "sgd, momentum": OptimizerConfig(name="sgd", learning_rate=0.1, weight_decay=0.1),
     "sgd": OptimizerConfig(name="sgd", learning_rate=0.1, b1=0.0),
 }
@@ -444,10 +447,10 @@ def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
 
 def climb(steps: int = 5) -> Measurement | None:
     """The first float64 measurement on the smallest case that fails: what broke, and where."""
-    clipped = OptimizerConfig(clip_norm=0.5)
+    clipped = dataclasses.replace(ADAMW, clip_norm=0.5)
     for rung in RUNGS:
         rate = 0.1 if rung in ("7 trajectory, dropout", "8 train/eval") else 0.0
-        update = clipped if rung == "6 updates" else OptimizerConfig()
+        update = clipped if rung == "6 updates" else ADAMW
         config = case("float64", steps=steps, dropout=rate, optimizer=update)
         for measurement in measure(rung, "smallest case", config):
             if not measurement.passed:

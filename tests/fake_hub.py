@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, folder: str, recursive: bool) -> None:
         prefix = folder + "/" if folder else ""
-        entries = {}
+        entries: dict[str, dict[str, str | int]] = {}
         for name, body in self.server.files.items():
             if name.startswith(prefix):
                 *folders, _ = name.removeprefix(prefix).split("/")

@@ -65,7 +65,7 @@ def test_a_step_moves_every_parameter_and_counts():
     assert int(after.step) == 1
     for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
         assert not np.array_equal(a, b)
-    assert metrics["learning_rate"] == pytest.approx(1e-3)
+    assert metrics["learning_rate"] == pytest.approx(config.optimizer.learning_rate)
     assert metrics["grad_norm"] > 0
 
 

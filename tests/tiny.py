@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_model5.config import DataConfig, ModelConfig, TrainConfig
+from jax_model5.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(
@@ -22,6 +22,7 @@ def tiny(folder: Path, source: Path, **fields) -> TrainConfig:
     defaults = {
         "model": MODEL,
         "data": data,
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
         "steps": 12,
         "batch_size": 4,
         "eval_every": 5,
