@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
 from jax_model5.config import TrainConfig, UserError, flatten
 from jax_model5.step import TrainState
 
-# Fields that do not change the numbers of a run. What data.source holds is compared by its tokens.
+# Fields that may change when a run goes on. A mesh changes only the order in which sums are
+# rounded; what data.source holds is compared by its tokens.
 FREE_FIELDS = {
     *("workdir", "eval_every", "checkpoint_every", "keep", "mesh.data", "mesh.fsdp"),
     *("data.cache_dir", "data.source", "data.n_docs", "data.text_field"),
@@ -121,11 +124,13 @@ class Checkpoints:
 
     def _move_aside(self, damaged: list[int], restored: int) -> None:
         for step in damaged:
-            aside = self.folder.with_name("damaged_checkpoints") / str(step)
-            aside.parent.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(aside)
+            aside = self.folder.with_name("damaged_checkpoints") / f"{step}-{time.time_ns()}"
+            if jax.process_index() == 0:
+                aside.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(aside)
             print(f"it was moved to {aside}; going on from checkpoint {restored}", file=sys.stderr)
         if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
             self._manager.reload()
 
     @contextlib.contextmanager

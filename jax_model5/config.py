@@ -28,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted before the first step: nothing was lost", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -165,7 +165,7 @@ class TrainConfig:
     """Which positions get a loss: the last one, all of them, or the last `last_k`."""
     last_k: int = 1
     """Positions that get a loss under objective last_k [positions]."""
-    steps: int = 200
+    steps: int = 160
     """Optimizer steps of the whole run [steps]."""
     batch_size: int = 16
     """B, sequences per optimizer step, over all devices [sequences]."""
@@ -195,7 +195,7 @@ class TrainConfig:
         for name in at_least_1.split():
             value = getattr(self, name)
             _require(value >= 1, name, value, "must be at least 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         fits = 1 <= self.last_k <= self.model.seq_len
         mend = f"must be from 1 to model.seq_len={self.model.seq_len}"
         _require(fits, "last_k", self.last_k, mend)
@@ -207,7 +207,7 @@ class TrainConfig:
 
     @property
     def test_metric(self) -> str:
-        """The test NLL that compares with the training loss."""
+        """The test NLL that is shown beside the training loss."""
         return "final_token_nll" if self.objective == "final_token" else "all_token_nll"
 
 
@@ -250,7 +250,7 @@ def parse(args: Sequence[str], prog: str) -> TrainConfig:
     known = flatten(TrainConfig())
     for key in settings:
         _require(key in known, key, settings[key], f"unknown key{_nearest(key, known)}")
-    tokens = {key: f"--{key}={_text(value)}" for key, value in settings.items()}
+    tokens = {key: f"--{key}={_text(key, value)}" for key, value in settings.items()}
     try:
         return _tyro(list(tokens.values()), prog)
     except SystemExit:
@@ -299,7 +299,7 @@ def _yaml_settings(path: str) -> dict[str, Any]:
             tree = yaml.safe_load(file)
     except OSError as error:
         raise UserError(f"config={path!r}: {error.strerror}; name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config={path!r}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config={path!r}: expected lines of `key: value`")
@@ -310,9 +310,10 @@ def _yaml_settings(path: str) -> dict[str, Any]:
     return settings
 
 
-def _text(value: object) -> str:
+def _text(key: str, value: object) -> str:
     text = str(value)
-    return text.capitalize() if text.lower() in ("true", "false") else text
+    is_switch = _expected(key) == "True or False"
+    return text.capitalize() if is_switch else text
 
 
 def _nearest(key: str, known: Sequence[str] | dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,7 +89,8 @@ def _files(source: str) -> list[Path]:
     root = Path(source).expanduser()
     kinds = " ".join(SUFFIXES)
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES)
+        paths = [path for path in sorted(root.rglob("*")) if path.suffix in SUFFIXES]
+        paths = [path for path in paths if path.is_file()]
         if not paths:
             raise UserError(f"data.source={source!r}: the folder holds no file of {kinds}")
         return paths
@@ -123,13 +126,16 @@ def _table(path: Path, config: DataConfig) -> Iterator[str]:
                 yield from _texts(_parquet_rows(file, config), config)
         else:
             rows = datasets.load_dataset(
-                SUFFIXES[path.suffix], data_files=str(path), split="train", streaming=True
+                SUFFIXES[path.suffix],
+                data_files=glob.escape(str(path)),
+                split="train",
+                streaming=True,
             )
             yield from _texts(rows, config)
     except UserError:
         raise
     except Exception as error:  # each file format has errors of its own
-        reason = str(error.__cause__ or error).split("\n")[0]
+        reason = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
         raise UserError(
             f"data.source={str(path)!r}: not readable as {path.suffix}: {reason}"
         ) from None
@@ -242,8 +248,8 @@ def load_corpus(config: TrainConfig) -> Corpus:
         tokens_T, manifest = _open(folder)
     except OSError as error:
         raise UserError(
-            f"data.cache_dir={config.data.cache_dir!r}: {error.strerror}; name a folder that can "
-            "be written and has room"
+            f"data.cache_dir={config.data.cache_dir!r}: {error.strerror or error}; name a folder "
+            "that can be written and has room"
         ) from None
     return _split(tokens_T, manifest, config)
 
@@ -264,9 +270,12 @@ def _cache_name(config: DataConfig) -> str:
     if config.source == "pydocs":
         identity.append(platform.python_version())
     elif not remote:
-        for path in _files(config.source):
-            status = path.stat()
-            identity.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+        try:
+            for path in _files(config.source):
+                status = path.stat()
+                identity.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+        except OSError as error:
+            raise UserError(f"data.source={config.source!r}: {error.strerror}") from None
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     stem = Path(config.source).stem if not remote else config.source.replace("/", "-")
     return f"{stem.replace(':', '-')}-{digest}"
@@ -288,29 +297,31 @@ def _is_whole(folder: Path) -> bool:
         whole = False
     if not whole:
         print(f"the cached tokens in {folder} are damaged: building them again", file=sys.stderr)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return whole
 
 
 def _build(config: DataConfig, encoding: tiktoken.Encoding, folder: Path) -> None:
     """Tokenizes into a temporary folder and renames it, so that a kill leaves no half corpus."""
-    building = folder.with_name(f".building-{os.getpid()}-{folder.name}")
-    building.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent)
+    building = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
     try:
         counts = _write_tokens(config, encoding, building / "tokens.bin")
         (building / "manifest.json").write_text(json.dumps(counts, indent=2) + "\n")
-        with contextlib.suppress(FileExistsError):  # another run was first: its corpus serves
-            if not folder.exists():
-                building.rename(folder)
+        with contextlib.suppress(OSError):  # another run was first: its corpus serves
+            building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def _remove_stale(cache: Path) -> None:
-    for tokens in cache.glob(".building-*/tokens.bin"):
-        if time.time() - tokens.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(tokens.parent, ignore_errors=True)
+    """Removes what a kill left behind a day ago or more."""
+    for building in cache.glob(".building-*"):
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(path.stat().st_mtime for path in (building, *building.iterdir()))
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_tokens(config: DataConfig, encoding: tiktoken.Encoding, path: Path) -> dict[str, Any]:
@@ -333,7 +344,7 @@ def _write_tokens(config: DataConfig, encoding: tiktoken.Encoding, path: Path) -
             array = np.concatenate([np.array([*doc, encoding.eot_token], dtype) for doc in ids])
             is_seen_V[array] = True
             tokens_sha256.update(array.data)
-            array.tofile(file)
+            file.write(array.data)
             n_tokens += len(array)
             rate = f"{n_tokens / seconds:,.0f} tokens/s"
             progress.update(task, completed=n_documents, rate=rate)

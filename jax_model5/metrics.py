@@ -52,11 +52,11 @@ class ProgressLine:
     Live on a terminal; elsewhere it is printed at each evaluation.
     """
 
-    def __init__(self, steps: int, step: int):
+    def __init__(self, steps: int, step: int, quiet: bool):
         self._steps = steps
         self._test_loss = math.nan
-        self._line = ""
-        console = rich.console.Console(stderr=True, highlight=False)
+        self._line = "{test}"
+        console = rich.console.Console(stderr=True, highlight=False, quiet=quiet)
         self._live = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=20),
             rich.progress.TextColumn("{task.description}"),
@@ -76,25 +76,23 @@ class ProgressLine:
     def train(self, step: int, record: dict[str, float], seconds_per_step: float) -> None:
         left = int((self._steps - step) * seconds_per_step)
         self._line = (
-            f"step {step}/{self._steps}  train {record['loss']:.4f}  test {self._test_loss:.4f}  "
+            f"step {step}/{self._steps}  train {record['loss']:.4f}  test {{test:.4f}}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  "
             f"{record['targets_per_second']:,.0f} targets/s  "
             f"{left // 60}:{left % 60:02d} left"
         )
-        self._live.update(self._task, completed=step, description=self._line)
+        line = self._line.format(test=self._test_loss)
+        self._live.update(self._task, completed=step, description=line)
 
     def evaluation(self, test_loss: float) -> None:
-        line = self._line.replace(f"test {self._test_loss:.4f}", f"test {test_loss:.4f}")
         self._test_loss = test_loss
-        self._live.console.print(line, soft_wrap=True)
+        self._live.console.print(self._line.format(test=test_loss), soft_wrap=True)
 
 
 def plot(records: list[dict[str, Any]], vocab_size: int, test_metric: str, path: Path) -> None:
     """Train and test loss, the train loss's rolling standard deviation, and the ln V line."""
-    import matplotlib  # a second to import, and only the end of a run needs it
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # a second to import, and only the end of a run needs it
 
-    matplotlib.rcParams["svg.hashsalt"] = ""
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
     test = [(r["step"], r[test_metric]) for r in records if r["kind"] == "eval"]
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -29,12 +29,12 @@ def at_least_float32(dtype: Any) -> Any:
 
 
 def kernel_init(config: ModelConfig) -> Init:
-    """Init of a linear layer's kernel [fan_in, fan_out]."""
+    """Init of a linear layer's kernel [fan_in, fan_out]; like PyTorch's, no normal is truncated."""
     name, _, std = config.init.partition(":")
     inits = {
         "course": nn.initializers.normal(0.02),
-        "xavier": nn.initializers.xavier_normal(),
-        "kaiming": nn.initializers.kaiming_normal(),
+        "xavier": nn.initializers.variance_scaling(1, "fan_avg", "normal"),
+        "kaiming": nn.initializers.variance_scaling(2, "fan_in", "normal"),
         "torch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
     }
     return inits[name] if name in inits else nn.initializers.normal(float(std))
@@ -58,7 +58,7 @@ def wpe_init(config: ModelConfig) -> Init:
     """Init of wpe [L, D]: the course's is Xavier normal, std sqrt(2 / (L + D))."""
     name = config.init
     if name in ("course", "xavier"):
-        return nn.initializers.xavier_normal()
+        return nn.initializers.variance_scaling(1, "fan_avg", "normal")
     if name == "torch":
         return nn.initializers.normal(1.0)
     return wte_init(config)
@@ -72,7 +72,7 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     *outer, last = shape
     bits = jax.random.bits(key, (*outer, -(-last // 2)), jnp.uint32)
     bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(*outer, -1)[..., :last]
-    return bits >= round(rate * 2**16)
+    return bits >= min(round(rate * 2**16), 2**16 - 1)
 
 
 class Dropout(nn.Module):

@@ -61,13 +61,16 @@ def _in_chunks(
 ) -> jax.Array:
     """Maps over chunks of positions, so that B x N x V logits never exist all at once."""
     B, N, D = x_BxNxD.shape
-    chunk = max(size for size in range(1, min(N, _CHUNK) + 1) if N % size == 0)
-    if chunk == N:
+    if N <= _CHUNK:
         return head_nll(x_BxNxD, targets_BxN)
-    x_MxBxCxD = x_BxNxD.reshape(B, -1, chunk, D).swapaxes(0, 1)
-    targets_MxBxC = targets_BxN.reshape(B, -1, chunk).swapaxes(0, 1)
     # Rematerialized: the backward pass computes each chunk's logits again instead of storing them.
-    nll_MxBxC = jax.lax.map(
-        lambda pair: jax.checkpoint(head_nll)(*pair), (x_MxBxCxD, targets_MxBxC)
-    )
-    return nll_MxBxC.swapaxes(0, 1).reshape(B, N)
+    head_nll = jax.checkpoint(head_nll)
+    rest = N % _CHUNK
+    x_MxBxCxD = x_BxNxD[:, rest:].reshape(B, -1, _CHUNK, D).swapaxes(0, 1)
+    targets_MxBxC = targets_BxN[:, rest:].reshape(B, -1, _CHUNK).swapaxes(0, 1)
+    nll_MxBxC = jax.lax.map(lambda chunk: head_nll(*chunk), (x_MxBxCxD, targets_MxBxC))
+    nll_BxR = nll_MxBxC.swapaxes(0, 1).reshape(B, -1)
+    if rest == 0:
+        return nll_BxR
+    first_BxR = head_nll(x_BxNxD[:, :rest], targets_BxN[:, :rest])
+    return jnp.concatenate([first_BxR, nll_BxR], axis=1)

@@ -71,9 +71,12 @@ def join_processes() -> None:
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
-    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if coordinator:
-        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(coordinator, count, index)
+    variables = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+    if variables[0] in os.environ:
+        try:
+            address, count, index = (os.environ[name] for name in variables)
+            jax.distributed.initialize(address, int(count), int(index))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{', '.join(variables)}: set all three: {error}") from None
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()

@@ -45,7 +45,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step with dropout on. `key` is the run's key, windows are [B, L + 1].
 
-    Returns the next state and loss [nats], grad_norm (before clipping) and learning_rate.
+    Returns the next state and loss [nats], grad_norm (before clipping), learning_rate and the
+    param_norm of the next state.
     """
     loss, gradients = loss_and_gradients(state, key, windows_BxL1, config=config)
     update = optimizer(config.optimizer, config.steps)
@@ -56,6 +57,7 @@ def train_step(
         "learning_rate": jnp.asarray(schedule(config.optimizer, config.steps)(state.step)),
     }
     params = optax.apply_updates(state.params, updates)
+    metrics["param_norm"] = optax.tree.norm(params)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -81,23 +83,27 @@ def loss_and_gradients(
     def add(total: tuple, micro: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(state.params, *micro)), None
 
-    # Every accumulate-th row, so that each device keeps its own rows.
-    windows_AxbxL1 = windows_BxL1.reshape(-1, config.accumulate, windows_BxL1.shape[1])
-    micro = (windows_AxbxL1.swapaxes(0, 1), jnp.arange(config.accumulate))
-    zeros = (jnp.zeros((), _loss_dtype(state)), jax.tree.map(jnp.zeros_like, state.params))
+    micro = (_micro_batches(windows_BxL1, config), jnp.arange(config.accumulate))
+    gradients = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = (jnp.zeros((), gradients["wte"].dtype), gradients)
     total, _ = jax.lax.scan(add, zeros, micro)
     return jax.tree.map(lambda x: x / config.accumulate, total)
 
 
-def _loss_dtype(state: TrainState) -> jnp.dtype:
-    return state.params["wte"].dtype
+def _micro_batches(windows_BxL1: jax.Array, config: TrainConfig) -> jax.Array:
+    """[accumulate, B / accumulate, L + 1], every accumulate-th row: each device keeps its own."""
+    shape = (-1, config.accumulate, windows_BxL1.shape[1])
+    return windows_BxL1.reshape(shape).swapaxes(0, 1)
 
 
 def eval_step(
     params: dict, windows_BxL1: jax.Array, *, config: TrainConfig
 ) -> dict[str, jax.Array]:
     """Final-token and all-token NLL [nats] of one test batch, dropout off, any objective."""
-    nll_BxL = window_nll(
-        params, windows_BxL1, config, n_last=config.model.seq_len, deterministic=True
-    )
-    return dict(zip(TEST_METRICS, (nll_BxL[:, -1].mean(), nll_BxL.mean()), strict=True))
+
+    def nll(windows_bxL1: jax.Array) -> jax.Array:
+        n = config.model.seq_len
+        return window_nll(params, windows_bxL1, config, n_last=n, deterministic=True)
+
+    nll_AxbxL = jax.lax.map(nll, _micro_batches(windows_BxL1, config))
+    return dict(zip(TEST_METRICS, (nll_AxbxL[..., -1].mean(), nll_AxbxL.mean()), strict=True))

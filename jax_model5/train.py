@@ -1,13 +1,17 @@
 """The training loop and nothing else; `python -m jax_model5.train`."""
 
+import contextlib
+import errno
+import fcntl
 import functools
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +54,13 @@ class StopSignal:
         self.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
 
-    def reached_any_process(self) -> bool:
+    def is_set(self, step: int) -> bool:
+        """Whether any process was asked; many processes agree on it every 10 steps."""
         if jax.process_count() == 1:
             return bool(self.name)
-        return bool(multihost_utils.process_allgather(np.array(bool(self.name))).any())
+        return step % 10 == 0 and bool(
+            multihost_utils.process_allgather(np.array(bool(self.name))).any()
+        )
 
 
 class Programs:
@@ -63,7 +70,8 @@ class Programs:
         self.mesh = sharding.make_mesh(config)
         everywhere = sharding.replicated(self.mesh)
         rows = sharding.batch_sharding(self.mesh)
-        self.key = jax.device_put(jax.random.key(config.seed, impl=config.prng), everywhere)
+        new_key = functools.partial(jax.random.key, config.seed, impl=config.prng)
+        self.key = jax.jit(new_key, out_shardings=everywhere)()
 
         init = functools.partial(init_state, config=config)
         shapes = jax.eval_shape(init, self.key)
@@ -93,7 +101,9 @@ class Programs:
 class Recorder:
     """Writes each step's metrics one step late, so that the devices never wait for the host."""
 
-    def __init__(self, config: TrainConfig, log: metrics.MetricsLog, line: metrics.ProgressLine):
+    def __init__(
+        self, config: TrainConfig, log: metrics.MetricsLog | None, line: metrics.ProgressLine
+    ):
         self._config, self._log, self._line = config, log, line
         self._pending: tuple[int, Any] | None = None
         self._n_targets = config.batch_size * objectives.n_last(config)
@@ -113,24 +123,32 @@ class Recorder:
         step, device_metrics = self._pending
         self._pending = None
         values = jax.device_get(device_metrics)
+        _require_finite(step, values)
         record = {name: float(values[name]) for name in ("loss", "grad_norm", "learning_rate")}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         tokens = self._config.batch_size * self._config.model.seq_len
         record["tokens_per_second"] = round(tokens / seconds, 1)
         record["targets_per_second"] = round(self._n_targets / seconds, 1)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(record[name]):
-                raise Diverged(f"step {step}: {name}={record[name]}")
-        self._log.write("train", step, **record)
+        if self._log:
+            self._log.write("train", step, **record)
         self._line.train(step, record, seconds)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self._log.write("eval", step, **values)
+        _require_finite(step, values)
+        if self._log:
+            self._log.write("eval", step, **values)
         self._line.evaluation(values[self._config.test_metric])
 
 
+def _require_finite(step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: {name}={value}")
+
+
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # samples hold any text
     with one_line_errors():
         config = parse(sys.argv[1:], "jax_model5.train")
         set_up_jax(config)
@@ -169,31 +187,33 @@ def train(config: TrainConfig) -> int:
     """
     corpus = data.load_corpus(config)
     programs = Programs(config)
-    workdir = make_workdir(config)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
-    state = checkpoints.restore(programs.abstract_state, config, corpus.fingerprint)
-    start = 0 if state is None else int(state.step)
-    if start >= config.steps and is_sampled(workdir, start):
-        say(finished(config, start))
+    with own_workdir(config) as workdir:
+        checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+        state = checkpoints.restore(programs.abstract_state, config, corpus.fingerprint)
+        start = 0 if state is None else int(state.step)
+        if start >= config.steps and is_sampled(workdir, start):
+            say(finished(config, start))
+            return 0
+        log = None
+        if jax.process_index() == 0:
+            metrics.replace_text(workdir / "config.yaml", to_yaml(config))
+            log = metrics.MetricsLog(workdir / "metrics.jsonl", start)
+        say(introduction(config, corpus, programs, start))
+        state = programs.init(programs.key) if state is None else state
+        with StopSignal() as stop:
+            try:
+                state = loop(config, corpus, programs, checkpoints, log, stop, state)
+            except Diverged as error:
+                checkpoints.wait()
+                print(f"{error}: stopped. {diverged_help(checkpoints)}", file=sys.stderr)
+                return 3
+        step = int(state.step)
+        if step < config.steps:
+            say(f"{stop.name}: saved step {step}. Go on with\n  {resume_command(config)}")
+            return 0
+        write_results(config, corpus, programs, state, workdir)
+        say(finished(config, step))
         return 0
-    if jax.process_index() == 0:
-        metrics.replace_text(workdir / "config.yaml", to_yaml(config))
-    log = metrics.MetricsLog(workdir / "metrics.jsonl", start)
-    say(introduction(config, corpus, programs, start))
-    state = programs.init(programs.key) if state is None else state
-    with StopSignal() as stop:
-        try:
-            state = loop(config, corpus, programs, checkpoints, log, stop, state)
-        except Diverged as error:
-            checkpoints.wait()
-            print(f"{error}: stopped. {diverged_help(checkpoints)}", file=sys.stderr)
-            return 3
-    if int(state.step) < config.steps:
-        say(f"{stop.name}: saved step {int(state.step)}. Go on with\n  {resume_command(config)}")
-        return 0
-    write_results(config, corpus, programs, state, workdir)
-    say(finished(config, int(state.step)))
-    return 0
 
 
 def loop(
@@ -201,7 +221,7 @@ def loop(
     corpus: data.Corpus,
     programs: Programs,
     checkpoints: Checkpoints,
-    log: metrics.MetricsLog,
+    log: metrics.MetricsLog | None,
     stop: StopSignal,
     state: TrainState,
 ) -> TrainState:
@@ -211,9 +231,9 @@ def loop(
         sharding.to_devices(programs.mesh, b) for b in data.test_batches(corpus, config)
     ]
     run_step = programs.compile_train()
-    with metrics.ProgressLine(config.steps, step) as line:
+    with metrics.ProgressLine(config.steps, step, quiet=log is None) as line:
         recorder = Recorder(config, log, line)
-        while step < config.steps and not stop.reached_any_process():
+        while step < config.steps and not stop.is_set(step):
             batch = sharding.to_devices(programs.mesh, data.train_batch(corpus, config, step))
             state, device_metrics = run_step(state, programs.key, batch)
             step += 1
@@ -245,12 +265,13 @@ def evaluate(
 
 def save(
     checkpoints: Checkpoints,
-    log: metrics.MetricsLog,
+    log: metrics.MetricsLog | None,
     state: TrainState,
     config: TrainConfig,
     corpus: data.Corpus,
 ) -> None:
-    log.sync()  # a checkpoint never knows more than the log
+    if log:
+        log.sync()  # a checkpoint never knows more than the log
     checkpoints.save(state, config, corpus.fingerprint)
 
 
@@ -262,17 +283,34 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def make_workdir(config: TrainConfig) -> Path:
+@contextlib.contextmanager
+def own_workdir(config: TrainConfig) -> Iterator[Path]:
+    """The workdir, for this run alone: a lock on the folder itself leaves no file behind.
+
+    Raises:
+      UserError: it cannot be written, or another run holds it.
+    """
     workdir = Path(config.workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        folder = os.open(workdir, os.O_RDONLY)
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
             f"workdir={config.workdir!r}: {error.strerror}; name a folder that can be written"
         ) from None
-    return workdir
+    try:
+        if jax.process_index() == 0:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield workdir
+    except BlockingIOError:
+        raise UserError(
+            f"workdir={config.workdir!r}: another run is writing into it; wait for its end, or "
+            "name another folder"
+        ) from None
+    finally:
+        os.close(folder)
 
 
 def introduction(config: TrainConfig, corpus: data.Corpus, programs: Programs, start: int) -> str:
@@ -290,7 +328,8 @@ def introduction(config: TrainConfig, corpus: data.Corpus, programs: Programs, s
 
 
 def resume_command(config: TrainConfig) -> str:
-    return f"python -m jax_model5.train --config {Path(config.workdir) / 'config.yaml'}"
+    path = shlex.quote(str(Path(config.workdir) / "config.yaml"))
+    return f"python -m jax_model5.train --config {path}"
 
 
 def finished(config: TrainConfig, step: int) -> str:

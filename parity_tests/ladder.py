@@ -226,7 +226,7 @@ def gradients(config: TrainConfig) -> Errors:
         if name.endswith(_QKV_BIAS):
             keys = [np.split(gradient, 3, axis=-1)[1] for gradient in (leaf, expected[name])]
             norm = np.linalg.norm(expected[name])
-            yield f"{name}, keys", float(max(np.linalg.norm(k) for k in keys) / norm)
+            yield f"{name}, keys", float(np.max([np.linalg.norm(k) for k in keys]) / norm)
 
 
 _loss_and_gradients = jax.jit(step.loss_and_gradients, static_argnames="config")
@@ -284,7 +284,8 @@ def trajectory(config: TrainConfig) -> Errors:
     pair = Pair(config)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
-    state, worst = pair.state(), 0.0
+    state = pair.state()
+    errors: dict[str, list[float]] = {}
     for index in range(config.steps):
         windows = np.roll(pair.windows, index, axis=1)
         if config.model.dropout:
@@ -295,8 +296,10 @@ def trajectory(config: TrainConfig) -> Errors:
         expected = torch_ref.step.train_step(
             pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
         )
-        worst = max([worst, *(relative(ours[name], expected[name]) for name in expected)])
-    yield "losses, gradient norms, learning rates", worst
+        for name in expected:
+            errors.setdefault(name, []).append(relative(ours[name], expected[name]))
+    for name, of_each_step in errors.items():
+        yield name, float(np.max(of_each_step))
     yield from _moved_errors(pair, state.params)
 
 
@@ -331,7 +334,12 @@ def modes(config: TrainConfig) -> Errors:
     )
     pair.torch_model.train()
     first, second = (pair.torch_model(windows[:, :-1]).detach() for _ in range(2))
-    yield "train mode: dropout is on", float(torch.equal(first, second))
+    yield "train mode: PyTorch drops", float(torch.equal(first, second))
+    losses = [
+        _loss_and_gradients(pair.state(), jax.random.key(seed), pair.windows, config=config)[0]
+        for seed in range(2)
+    ]
+    yield "deterministic=False: JAX drops", float(losses[0] == losses[1])
 
 
 _eval_step = jax.jit(step.eval_step, static_argnames="config")

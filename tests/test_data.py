@@ -57,14 +57,14 @@ def test_documents_are_joined_with_end_of_text(tmp_path):
     assert counts["unique_tokens"] == len(set(corpus.tokens_T.tolist()))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder", "[1]*.jsonl"])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix):
     import pandas
 
     texts = [f"text {i} ünïcode" for i in range(7)]
     frame = pandas.DataFrame({"id": range(7), "body": texts})
     path = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
+    if suffix.endswith("jsonl"):
         frame.to_json(path, orient="records", lines=True, force_ascii=False)
     elif suffix == "json":
         frame.to_json(path, orient="records")

@@ -40,6 +40,14 @@ ONE_LINE = {
     "b2 of 1": ("--optimizer.b2 1", ["optimizer.b2=1", "[0, 1)"]),
     "negative seed": ("--seed -1", ["seed=-1"]),
     "test fraction": ("--data.test_fraction 1", ["data.test_fraction=1", "between 0 and 1"]),
+    "seed of 33 bits": (f"--seed {2**32}", ["seed=4294967296"]),
+    "source with a name too long": (
+        "--data.source " + "x" * 300 + ".txt",
+        ["data.source=", "long"],
+    ),
+    "no repository of the hub": ("--data.source hf:json", ["data.source='hf:json'", "OWNER/NAME"]),
+    "a date in a file": ("--config {tmp}/date.yaml", ["config=", "YAML"]),
+    "half a coordinator": ("", ["JAX_COORDINATOR_ADDRESS", "set all three"]),
     "no config file": ("--config {tmp}/none.yaml", ["config=", "none.yaml", "No such file"]),
     "config is no YAML": ("--config {tmp}/broken.yaml", ["config=", "YAML"]),
     "config runs no code": ("--config {tmp}/code.yaml", ["config=", "YAML"]),
@@ -80,6 +88,7 @@ ONE_LINE = {
 ENVIRONMENTS = {
     "no network": {"HF_HUB_OFFLINE": "1"},
     "no such backend": {"JAX_PLATFORMS": "quantum"},
+    "half a coordinator": {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"},
     "batch does not split": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
 }
 
@@ -88,6 +97,7 @@ def write_inputs(folder: Path) -> None:
     texts = {
         "broken.yaml": "steps: [1\n",
         "code.yaml": "steps: !!python/object/apply:os.system ['true']\n",
+        "date.yaml": "workdir: 2024-02-30\n",
         "list.yaml": "- steps\n",
         "unknown.yaml": "optimizer:\n  lr: 0.1\n",
         "null.yaml": "steps:\n",
@@ -159,6 +169,7 @@ def test_a_full_disk_while_tokenizing(tmp_path, text_file):
     code, _, err = run(*flags(tiny(tmp_path, text_file)), prefix=FULL_DISK)
     assert code == 2
     assert err.startswith("error: data.cache_dir=")
+    assert "File too large" in err
     assert len(err.splitlines()) == 1
     assert list((tmp_path / "cache").glob("*text*")) == []
     assert list((tmp_path / "cache").glob(".building*")) == []

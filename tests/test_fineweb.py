@@ -17,8 +17,8 @@ import pytest
 
 from jax_model5.config import DataConfig, ModelConfig, TrainConfig
 from tests.fake_hub import FakeHub
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = """---
 configs:
 - config_name: default

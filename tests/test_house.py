@@ -3,11 +3,11 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.tiny import ROOT
+
 SPINE = (
     "config tokenizer data model objectives optimizer sharding step flops checkpoint metrics "
     "generate train"
@@ -23,6 +23,7 @@ def imported(source: str) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import hides from the law"
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names

@@ -1,5 +1,6 @@
 """A run that is killed, stopped, extended or diverges: nothing is lost, and the numbers stay."""
 
+import math
 import random
 import re
 import signal
@@ -129,19 +130,37 @@ def test_a_run_writes_only_what_the_design_names(tmp_path, text_file):
     assert samples in out
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_state(tmp_path, text_file):
-    config = with_optimizer(
-        tiny(tmp_path, text_file, steps=60), name="sgd", learning_rate=1e30, warmup_steps=0
-    )
-    code, _, err = run(*flags(config), "--checkpoint_every", "1", "--keep", "3")
+@pytest.mark.parametrize("learning_rate", [1e6, 1e38])
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
+    tmp_path, text_file, learning_rate
+):
+    config = tiny(tmp_path, text_file, steps=60, checkpoint_every=1, eval_every=1, keep=3)
+    config = with_optimizer(config, name="sgd", learning_rate=learning_rate)
+    code, _, err = run(*flags(config))
     assert code == 3
     line = err.strip().splitlines()[-1]
-    assert re.search(r"step \d+: (loss|grad_norm)=(nan|inf): stopped", line)
-    last_good = int(re.search(r"checkpoint (\d+) in", line).group(1))
-    stopped = int(re.search(r"step (\d+):", line).group(1))
-    assert last_good < stopped
+    stopped = int(re.search(r"step (\d+): \w+=-?(nan|inf): stopped", line).group(1))
     assert "Traceback" not in err
-    assert all(r["step"] < stopped for r in metrics.read(Path(config.workdir, "metrics.jsonl")))
+    records = metrics.read(Path(config.workdir, "metrics.jsonl"))
+    assert all(math.isfinite(v) for r in records for v in r.values() if isinstance(v, float))
+    if stopped == 1:
+        assert "none was saved yet" in line
+        return
+    # The last good state is good: its own test loss was finite when it was saved.
+    last_good = int(re.search(r"checkpoint (\d+) in", line).group(1))
+    assert last_good < stopped
+    assert [r for r in records if (r["kind"], r["step"]) == ("eval", last_good)]
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, long_run):
+    args, expected = long_run
+    process = start(*args, "--workdir", tmp_path, "--steps=200")
+    wait_for(lambda: len(metrics.read(tmp_path / "metrics.jsonl")) > 5, process)
+    code, out, err = run(*args, "--workdir", tmp_path)
+    assert (code, out) == (2, "")
+    assert "another run is writing into it" in err
+    assert process.wait(timeout=120) == 0
+    assert numbers(tmp_path) == expected[:210]
 
 
 def test_the_reference_trains_on_the_same_config_and_batches(tmp_path, text_file):

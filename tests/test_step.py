@@ -15,7 +15,7 @@ import pytest
 
 from jax_model5 import objectives, step
 from jax_model5.config import TrainConfig
-from tests.tiny import MODEL, ROOT, run, tiny
+from tests.tiny import MODEL, ROOT, run, start, tiny
 
 PLAIN = TrainConfig(
     model=dataclasses.replace(MODEL, dropout=0.0), batch_size=8, objective="all_tokens"
@@ -72,8 +72,8 @@ def test_a_step_moves_every_parameter_and_counts():
 @pytest.mark.parametrize(
     ("objective", "n"), [("final_token", 1), ("last_k", 3), ("all_tokens", MODEL.seq_len)]
 )
-def test_only_the_objectives_targets_matter(objective, n):
-    """Changing a target outside the last N leaves the loss as it is; inside, it changes it."""
+def test_only_the_objectives_targets_matter(objective, n, monkeypatch):
+    """The loss has one value for each of the last N targets, and sees no other."""
     config = dataclasses.replace(PLAIN, objective=objective, last_k=3)
     assert objectives.n_last(config) == n
     params = new_state(config).params
@@ -86,6 +86,10 @@ def test_only_the_objectives_targets_matter(objective, n):
     assert base.shape == (8, n)
     last = windows().at[:, -1].add(1)
     assert (np.asarray(loss(last % MODEL.vocab_size))[:, -1] != base[:, -1]).all()
+    seen = []
+    monkeypatch.setattr(objectives, "nll", lambda logits, targets: seen.append(targets) or targets)
+    objectives.window_nll(params, windows(), config, n_last=n, deterministic=True)
+    assert np.array_equal(seen[0], windows()[:, -n:])
 
 
 def test_eval_reports_both_losses_whatever_the_objective():
@@ -185,3 +189,32 @@ def test_four_processes_see_the_batch_of_one(tmp_path, text_file):
         assert (count, part_total) == (4, total)
         together |= {int(start): rows for start, rows in shards.items()}
     assert [row for start in sorted(together) for row in together[start]] == whole["0"]
+
+
+def test_two_processes_train_resume_and_write_once(tmp_path, text_file):
+    """The whole loop over gloo: the losses of one process, one log, and a resumed end."""
+    config = tiny(tmp_path, text_file, steps=8)
+    assert run(*flags(config))[0] == 0
+    workdir = tmp_path / "two"
+    for steps in (5, 8):
+        port = free_port()
+        processes = [
+            start(
+                *flags(config),
+                f"--steps={steps}",
+                f"--workdir={workdir}",
+                env=os.environ
+                | {
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+            )
+            for index in range(2)
+        ]
+        results = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], results
+    assert "resuming" in results[0][0]
+    assert results[1][0] == ""
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "run"), rtol=2e-6)
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 8 + 2

@@ -110,11 +110,9 @@ class Model5(nn.Module):
 
     def logits(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
         logits_BxLxV = self.head(x_BxLxD)
-        return (
-            logits_BxLxV / math.sqrt(self.config.d_model)
-            if self.config.scale_logits
-            else (logits_BxLxV)
-        )
+        if self.config.scale_logits:
+            logits_BxLxV = logits_BxLxV / math.sqrt(self.config.d_model)
+        return logits_BxLxV
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -19,8 +19,9 @@ def main() -> int:
         config = parse(sys.argv[1:], "torch_ref.train")
         corpus = data.load_corpus(config)
         try:
-            Path(config.workdir).mkdir(parents=True, exist_ok=True)
-            log = open(Path(config.workdir, "torch_metrics.jsonl"), "w", buffering=1)  # noqa: SIM115
+            workdir = Path(config.workdir).expanduser()
+            workdir.mkdir(parents=True, exist_ok=True)
+            log = open(workdir / "torch_metrics.jsonl", "w", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"workdir={config.workdir!r}: {error.strerror}") from None
         print(data.describe(corpus))
