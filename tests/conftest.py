@@ -7,6 +7,10 @@ import pytest
 
 from tests.tiny import TEXT
 
+# Half the compile time, for the processes that the tests start as well. The parity ladder alone
+# (pytest parity_tests) compiles as training does.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 
 def pytest_configure(config):
     # Also for the processes that the tests start: each program is compiled once.

@@ -48,7 +48,7 @@ def test_the_shipped_configs_parse_and_say_what_to_expect(path):
     assert all(line.startswith("#") for line in header.splitlines())
     assert f"--config configs/{path.name}" in header
     assert re.search(r"\d (s|seconds|minutes|hours)\b", header), "no time"
-    assert re.search(r"loss\D* \d+\.\d", header), "no loss"
+    assert re.search(r"Loss: .*\d+\.\d", header), "no loss"
 
 
 def test_model5_yaml_is_the_courses():
