@@ -230,6 +230,7 @@ def loop(
     test_batches = [
         sharding.to_devices(programs.mesh, b) for b in data.test_batches(corpus, config)
     ]
+    say("compiling the training step")
     run_step = programs.compile_train()
     with metrics.ProgressLine(config.steps, step, quiet=log is None) as line:
         recorder = Recorder(config, log, line)
