@@ -20,10 +20,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from jax_model5.config import TrainConfig, UserError, flatten
 from jax_model5.step import TrainState
 
-# Fields that may change when a run goes on. A mesh changes only the order in which sums are
-# rounded; what data.source holds is compared by its tokens.
+# Fields that may change when a run goes on. A mesh and remat change only how sums are rounded;
+# what data.source holds is compared by its tokens.
 FREE_FIELDS = {
-    *("workdir", "eval_every", "checkpoint_every", "keep", "mesh.data", "mesh.fsdp"),
+    *("workdir", "eval_every", "checkpoint_every", "keep"),
+    *("mesh.data", "mesh.fsdp", "model.remat"),
     *("data.cache_dir", "data.source", "data.n_docs", "data.text_field"),
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

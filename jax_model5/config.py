@@ -61,6 +61,9 @@ class ModelConfig:
     """Weight init: course, xavier, kaiming, torch, or normal:STD such as normal:0.05."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype. Parameters, softmax and loss are never below float32; float64 is for proof."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass computes again instead of keeping it: none; dots: all but the matrix
+    products; full: every block. For less memory, and with dots on a CPU for less time."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "d_model", "n_heads", "n_layers"):

@@ -145,6 +145,16 @@ def _pad_positions(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 def record_masks(variables: Any) -> Any:
     """The `masks` collection as one array a site."""
-    return jax.tree.map(
-        lambda sown: sown[0], variables["masks"], is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )
+    return jax.tree.map(_join, variables["masks"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _join(sown: tuple[jax.Array, ...]) -> jax.Array:
+    """Attention records one mask for each half of its queries; keys that no query sees are kept."""
+    width = max(mask.shape[-1] for mask in sown)
+    padded = [
+        jnp.pad(
+            mask, [(0, 0)] * (mask.ndim - 1) + [(0, width - mask.shape[-1])], constant_values=True
+        )
+        for mask in sown
+    ]
+    return jnp.concatenate(padded, axis=-2)

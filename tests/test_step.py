@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import objectives, step
+from jax_model5 import model, objectives, step
 from jax_model5.config import TrainConfig
 from tests.tiny import MODEL, ROOT, run, start, tiny
 
@@ -54,6 +54,33 @@ def test_micro_batches_drop_different_units():
     loss, _ = run_step(state, jax.random.key(0), same_rows, config=config)
     alone, _ = run_step(state, jax.random.key(0), windows(1), config=twice)
     assert abs(float(loss) - float(alone)) > 1e-4
+
+
+@pytest.mark.parametrize("objective", ["final_token", "all_tokens"])
+def test_remat_changes_no_gradient_dropout_on(objective):
+    """What is computed again in the backward pass must draw the masks of the forward pass."""
+    none, dots, full = (
+        loss_and_gradients(
+            dataclasses.replace(
+                PLAIN, objective=objective, model=dataclasses.replace(MODEL, remat=remat)
+            )
+        )
+        for remat in ("none", "dots", "full")
+    )
+    for other in (dots, full):
+        assert other[0] == pytest.approx(float(none[0]), rel=3e-7)
+        for a, b in zip(jax.tree.leaves(other[1]), jax.tree.leaves(none[1]), strict=True):
+            assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
+
+
+def test_a_scanned_trunk_is_the_unrolled_one(monkeypatch):
+    config = dataclasses.replace(PLAIN, model=MODEL)
+    unrolled = loss_and_gradients(config)
+    monkeypatch.setattr(model, "_UNROLLED", 0)
+    scanned = loss_and_gradients(config)
+    assert scanned[0] == pytest.approx(float(unrolled[0]), rel=3e-7)
+    for a, b in zip(jax.tree.leaves(scanned[1]), jax.tree.leaves(unrolled[1]), strict=True):
+        assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
 
 
 def test_a_step_moves_every_parameter_and_counts():
