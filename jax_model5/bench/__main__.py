@@ -1,0 +1,254 @@
+"""How fast this machine trains Model 5; `python -m jax_model5.bench --case small --peer tuned`."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from jax_model5.bench import cases, measure, report
+from jax_model5.bench.peers import course, ended, ours, tuned
+from jax_model5.bench.rounds import (
+    Program,
+    fraction,
+    in_turn,
+    ratio,
+    require_equal_losses,
+    say,
+    summary,
+)
+from jax_model5.config import TrainConfig, UserError, one_line_errors
+from jax_model5.flops import peak_bfloat16, step_flops
+from jax_model5.objectives import n_last
+
+_EVALS, _MATMULS = 3, 10
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m jax_model5.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--case", default="small", help="small, model5, or a config file")
+    parser.add_argument("--objective", choices=["final_token", "all_tokens"])
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--remat", choices=["none", "dots", "full"])
+    parser.add_argument("--accumulate", type=int, help="micro-batches a step")
+    parser.add_argument("--peer", action="append", default=[], choices=["course", "tuned"])
+    parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
+    parser.add_argument("--rounds", type=int, default=5, help="A B A B ... [rounds]")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each round [steps]")
+    parser.add_argument("--out", default="runs/bench", help="folder of the JSON and PNG")
+    options = parser.parse_args(args)
+    for name in ("rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
+    if options.peer and options.sweep:
+        raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
+    if options.peer and importlib.util.find_spec("torch") is None:
+        raise UserError(f"peer={options.peer[0]!r}: needs PyTorch; pip install -e '.[test]'")
+    return options
+
+
+def main() -> None:
+    # Several programs share the device: none of them may take all its memory at its start.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with one_line_errors():
+        options = parse_args(sys.argv[1:])
+        config = configure(options)
+        out = Path(options.out).expanduser()
+        name = Path(options.case).stem + f"_{config.objective}"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                if options.sweep:
+                    name += f"_sweep_{options.sweep}"
+                    result = sweep(options, config, Path(scratch))
+                    report.plot_sweep(result, out / f"{name}.png")
+                else:
+                    result = compare(options, config, Path(scratch))
+                    report.print_table(result)
+                    report.plot_programs(result, out / f"{name}.png")
+            report.write_json(result, out / f"{name}.json")
+        except OSError as error:
+            raise UserError(f"out={options.out!r}: {error.strerror}; name another folder") from None
+        print(f"written: {out / name}.json and .png")
+
+
+def configure(options: argparse.Namespace) -> TrainConfig:
+    config = cases.case(options.case, jax.default_backend())
+    given = {
+        name: getattr(options, name)
+        for name in ("objective", "accumulate")
+        if getattr(options, name) is not None
+    }
+    config = dataclasses.replace(config, **given)
+    return cases.with_model(config, remat=options.remat) if options.remat else config
+
+
+def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
+    """Our program in each dtype, and the peers, round by round."""
+    dtypes = options.dtype or [config.model.dtype]
+    programs: list[Program] = []
+    cold = {}
+    with ended(programs):
+        for dtype in dtypes:
+            first = ours(config, dtype, scratch)
+            first.end()
+            say(f"{first.name}: first step after {first.first_step_s:.1f} s, nothing compiled")
+            cold[first.name] = first.first_step_s
+            programs.append(ours(config, dtype, scratch))
+            say(f"{first.name}: again after {programs[-1].first_step_s:.1f} s")
+        if "course" in options.peer:
+            programs.append(course(config, dtypes[0], scratch))
+            say(f"{programs[-1].name}: first step done")
+        if "tuned" in options.peer:
+            programs += [tuned(config, dtype, options.steps, scratch) for dtype in dtypes]
+        require_equal_losses({p.name: p.about["loss"] for p in programs})
+        times = in_turn(programs, options.rounds, options.steps)
+        rows = [measured(p, times[p.name], config) for p in programs]
+    for row in rows:
+        if row["name"] in cold:
+            row["first_step_cold_s"] = cold[row["name"]]
+    result = about(options, config, programs)
+    return result | {"programs": rows, "ratios": ratios(rows)}
+
+
+def measured(program: Program, times: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """One program's row: times, rates, memory."""
+    step = summary([second for seconds in times["rounds"] for second in seconds])
+    row: dict[str, Any] = {
+        "name": program.name,
+        "rounds": times["rounds"],
+        "step": step,
+        "eval": summary(program.ask("eval", _EVALS)["seconds"]),
+        "first_step_s": program.first_step_s,
+        "peak_bytes": times["peak_bytes"],
+        "tokens_per_s": config.batch_size * config.model.seq_len / step["median"],
+        "targets_per_s": config.batch_size * n_last(config) / step["median"],
+        **{name: value for name, value in program.about.items() if name != "versions"},
+    }
+    is_ours = "compile_s" in row
+    return row | rates(program, config, step["median"]) if is_ours else row
+
+
+def rates(program: Program, config: TrainConfig, step_s: float) -> dict[str, Any]:
+    """Achieved FLOP/s of our program, of the matrix products' rate, and of the chip's peak."""
+    achieved = sum(step_flops(config).values()) / step_s
+    product_s = statistics.median(program.ask("matmul", _MATMULS)["seconds"])
+    n_devices = program.about["n_devices"]
+    matmul = n_devices * measure.matmul_flops(config) / product_s
+    row = {
+        "flops": step_flops(config),
+        "flops_per_s": achieved,
+        "matmul_flops_per_s": matmul,
+        "of_matmul": fraction(achieved, matmul, "the matrix products"),
+    }
+    peak = peak_bfloat16(program.about["device"])
+    if peak and program.name.endswith("bfloat16"):
+        row["mfu"] = fraction(achieved, n_devices * peak, program.about["device"])
+    return row
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against each peer in the same dtype, and our fastest against the fastest tuned one."""
+    mine = [row for row in rows if row["name"].startswith("jax")]
+    peers = [row for row in rows if not row["name"].startswith("jax")]
+    pairs = [(a, b) for b in peers for a in mine if a["name"].split()[-1] == b["name"].split()[-1]]
+    tuned_rows = [row for row in peers if "tuned" in row["name"]]
+    if len(mine) > 1 and tuned_rows:
+        best = [min(group, key=lambda row: row["step"]["median"]) for group in (mine, tuned_rows)]
+        if tuple(best) not in pairs:
+            pairs.append((best[0], best[1]))
+    return [
+        {
+            "ours": a["name"],
+            "theirs": b["name"],
+            **ratio(a["rounds"], b["rounds"]),
+            "memory": a["peak_bytes"] / b["peak_bytes"],
+        }
+        for a, b in pairs
+    ]
+
+
+def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
+    """Our step at each point, and what its FLOPs predict at that point's matrix-product rate."""
+    points = []
+    for value, point in cases.sweep_points(config, options.sweep):
+        program = ours(point, config.model.dtype, scratch)
+        with ended([program]):
+            times = in_turn([program], 1, options.rounds * options.steps)[program.name]
+            step = summary(times["rounds"][0])
+            row = rates(program, point, step["median"])
+            circumstances = about(options, config, [program])
+        predicted = sum(row["flops"].values()) / row["matmul_flops_per_s"]
+        points.append({"value": value, "step": step, "predicted_s": predicted, **row})
+        points[-1]["peak_bytes"] = times["peak_bytes"]
+        say(f"{options.sweep} {value}: {step['median']:.4g} s, predicted {predicted:.4g} s")
+    return circumstances | {"sweep": options.sweep, "points": points}
+
+
+def about(
+    options: argparse.Namespace, config: TrainConfig, programs: Sequence[Program]
+) -> dict[str, Any]:
+    """What a reader needs to judge and repeat the measurement. The first program is ours."""
+    program = programs[0]
+    versions = {name: v for p in programs for name, v in p.about["versions"].items()}
+    arguments = " ".join(shlex.quote(arg) for arg in sys.argv[1:])
+    return {
+        "command": f"python -m jax_model5.bench {arguments}",
+        "case": options.case,
+        "commit": _commit(),
+        "config": dataclasses.asdict(config),
+        "machine": {
+            "device": program.about["device"],
+            "platform": program.about["platform"],
+            "n_devices": program.about["n_devices"],
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **versions,
+        },
+        "precision": jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        or "default",
+        "attention": "causal in two halves, masked softmax in float32",
+        "prng": config.prng,
+        "environment": {
+            name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES") if name in os.environ
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, or None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The programs that are compared: ours, the course's PyTorch, and the strongest PyTorch."""
+
+import contextlib
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jax_model5.bench.cases import with_model
+from jax_model5.bench.rounds import Program, in_turn, say
+from jax_model5.config import TrainConfig, UserError, to_yaml
+
+
+def ours(config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    """Our program, its compile cache in `scratch`."""
+    path = _config_file(with_model(config, dtype=dtype), scratch)
+    command = [sys.executable, "-m", "jax_model5.bench.measure", "--config", path]
+    return Program(f"jax {dtype}", command, {"JAX_COMPILATION_CACHE_DIR": str(scratch / "xla")})
+
+
+def course(config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    """PyTorch as the course writes it."""
+    return _torch("course", config, dtype, scratch)
+
+
+def _torch(variant: str, config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    path = _config_file(with_model(config, dtype=dtype), scratch)
+    command = [sys.executable, "-m", "torch_ref.bench", variant, "--config", path]
+    label = variant if variant == "course" else f"tuned {variant}"
+    return Program(f"torch {label} {dtype}", command, {})
+
+
+def tuned(config: TrainConfig, dtype: str, steps: int, scratch: Path) -> Program:
+    """The faster one of eager and compiled PyTorch, by the median of `steps` steps."""
+    eager = _torch("eager", config, dtype, scratch)
+    say(f"{eager.name}: first step done")
+    try:
+        compiled = _torch("compile", config, dtype, scratch)
+    except UserError as error:
+        say(f"torch.compile is out: {error}")
+        return eager
+    contest = in_turn([eager, compiled], 1, steps)
+    times = {p: statistics.median(contest[p.name]["rounds"][0]) for p in (eager, compiled)}
+    slower, faster = sorted(times, key=times.__getitem__, reverse=True)
+    slower.end()
+    return faster
+
+
+def _config_file(config: TrainConfig, scratch: Path) -> str:
+    path = scratch / f"{config.model.dtype}.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return str(path)
+
+
+@contextlib.contextmanager
+def ended(programs: list[Program]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.end()

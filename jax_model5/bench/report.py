@@ -1,0 +1,123 @@
+"""The benchmark's result as a table on the terminal, as JSON, and as one PNG."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # the backend comes first
+
+FIRST_STEPS = "first_step_cold_s", "first_step_s"
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """One line a program; then the ratios."""
+    about = f"{result['case']}: {result['config']['objective']}, {result['machine']['device']}"
+    table = Table(title=about)
+    for column in (
+        "program",
+        "first step cold / warm",
+        "compile",
+        "step: median [quartiles]",
+        "eval",
+        "tokens/s",
+        "targets/s",
+        "peak memory",
+        "of matmul",
+        "MFU",
+    ):
+        table.add_column(column, justify="left" if column == "program" else "right")
+    for program in result["programs"]:
+        table.add_row(*_row(program))
+    console = Console(width=None)
+    console.print(table)
+    for line in ratio_lines(result):
+        console.print(line, highlight=False)
+
+
+def _row(program: dict[str, Any]) -> list[str]:
+    step = program["step"]
+    return [
+        program["name"],
+        " / ".join(_seconds(program[name]) for name in FIRST_STEPS if name in program),
+        _seconds(program.get("compile_s")),
+        f"{_seconds(step['median'])} [{_seconds(step['q1'])}, {_seconds(step['q3'])}]",
+        _seconds(program["eval"]["median"]),
+        f"{program['tokens_per_s']:,.0f}",
+        f"{program['targets_per_s']:,.0f}",
+        f"{program['peak_bytes'] / 2**30:.2f} GiB",
+        _percent(program.get("of_matmul")),
+        _percent(program.get("mfu")),
+    ]
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def ratio_lines(result: dict[str, Any]) -> list[str]:
+    """Plain text: how many times faster we are than each peer, and how much memory we take."""
+    lines = []
+    for r in result["ratios"]:
+        rounds = ", ".join(f"{value:.2f}" for value in r["rounds"])
+        lines.append(
+            f"{r['ours']} against {r['theirs']}: {r['median']:.2f} times faster "
+            f"(rounds: {rounds}), {r['memory']:.2f} of its memory"
+        )
+    return lines
+
+
+def plot_programs(result: dict[str, Any], path: Path) -> None:
+    """Each program's step time, quartiles as the error bar."""
+    programs = result["programs"][::-1]
+    medians = [p["step"]["median"] for p in programs]
+    errors = [
+        [p["step"]["median"] - p["step"]["q1"] for p in programs],
+        [p["step"]["q3"] - p["step"]["median"] for p in programs],
+    ]
+    fig, ax = plt.subplots(figsize=(7, 0.8 + 0.45 * len(programs)), layout="constrained")
+    colors = ["C0" if p["name"].startswith("jax") else "C1" for p in programs]
+    ax.barh([p["name"] for p in programs], medians, xerr=errors, color=colors, capsize=3)
+    for index, value in enumerate(medians):
+        ax.annotate(f" {_seconds(value)}", (value, index), (6, 6), textcoords="offset points")
+    ax.set_xlim(0, 1.2 * max(medians))
+    ax.set_xlabel("seconds a training step (median; bar: quartiles)")
+    config = result["config"]
+    shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
+    ax.set_title(f"{result['case']}, {config['objective']}, {shape}: {result['machine']['device']}")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def plot_sweep(result: dict[str, Any], path: Path) -> None:
+    """Measured seconds a step, and those predicted from FLOPs at the matrix-product rate."""
+    points = result["points"]
+    values = [p["value"] for p in points]
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    ax.loglog(values, [p["step"]["median"] for p in points], "o-", label="measured")
+    predicted = [p["predicted_s"] for p in points]
+    ax.loglog(values, predicted, "s--", label="predicted: FLOPs / matrix-product rate")
+    ax.set_xticks(values, [str(v) for v in values])
+    ax.minorticks_off()
+    ax.set_xlabel(result["sweep"])
+    ax.set_ylabel("seconds a training step")
+    ax.set_title(f"{result['case']}: {result['machine']['device']}")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)

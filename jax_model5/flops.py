@@ -1,0 +1,62 @@
+"""Analytic FLOPs of one training step per objective, and the peak rates of known chips.
+
+Counted are the matrix products that the step needs, two FLOPs a multiply-add, the backward pass
+as twice the forward. Not counted: elementwise work, and what is computed again to save memory.
+"""
+
+from jax_model5.config import TrainConfig
+from jax_model5.objectives import n_last
+
+# Dense bfloat16 peak of one JAX device [FLOP/s] by the start of its `device_kind`, without
+# sparsity. NVIDIA: the data sheet of each product (SXM where there are several). TPU: "System
+# architecture" of each version in Google Cloud's TPU documentation; v2 and v3 show a chip as two
+# devices, each half.
+PEAK_BFLOAT16 = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_bfloat16(device_kind: str) -> float | None:
+    """The published peak [FLOP/s], or None for a chip that the table does not know."""
+    names = [name for name in PEAK_BFLOAT16 if device_kind.startswith(name)]
+    return PEAK_BFLOAT16[max(names, key=len)] if names else None
+
+
+def attended_pairs(n_queries: int, n_keys: int) -> int:
+    """Query-key pairs that are computed: the first half of the queries skips the last keys."""
+    if n_queries == 1:
+        return n_keys
+    first = n_queries // 2
+    second = n_queries - first
+    return first * (n_keys - second) + second * n_keys
+
+
+def step_flops(config: TrainConfig) -> dict[str, float]:
+    """FLOPs of one training step by part; their sum is the whole step."""
+    c, N = config.model, n_last(config)
+    B, L, D, V = config.batch_size, c.seq_len, c.d_model, c.vocab_size
+    trunk = c.n_layers - 1
+    # Weights that a position meets: qkv 3 D^2, proj D^2, fc and out 4 D^2 each.
+    multiply_adds = {
+        "full blocks": trunk * B * L * 12 * D**2,
+        "suffix block": B * (L * 2 * D**2 + N * 10 * D**2),
+        "attention": 2 * B * D * (trunk * attended_pairs(L, L) + attended_pairs(N, L)),
+        "head": B * N * D * V,
+    }
+    return {part: 3.0 * 2 * count for part, count in multiply_adds.items()}
