@@ -84,7 +84,7 @@ def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Ca
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        return sum(losses).item()
+        return float(sum(losses))
 
     return step
 

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
-FIRST_STEPS = "first_step_cold_s", "first_step_s"
+_TABLE_WIDTH = 120
+# Seconds of a step, its quartiles, an evaluation step, from the start of the process to the end of
+# its first step with an empty and a filled compile cache, compilation (or reading it).
+COLUMNS = (
+    *("step s", "quartiles", "eval s", "cold s", "warm s", "compile s", "tokens/s", "targets/s"),
+    *("peak GiB", "of matmul", "MFU"),
+)
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
@@ -21,53 +28,41 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 def print_table(result: dict[str, Any]) -> None:
     """One line a program; then the ratios."""
-    about = f"{result['case']}: {result['config']['objective']}, {result['machine']['device']}"
-    table = Table(title=about)
-    for column in (
-        "program",
-        "first step cold / warm",
-        "compile",
-        "step: median [quartiles]",
-        "eval",
-        "tokens/s",
-        "targets/s",
-        "peak memory",
-        "of matmul",
-        "MFU",
-    ):
-        table.add_column(column, justify="left" if column == "program" else "right")
+    config = result["config"]
+    shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
+    title = f"{result['case']}, {config['objective']}, {shape}, {result['machine']['device']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("program")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
     for program in result["programs"]:
-        table.add_row(*_row(program))
-    console = Console(width=None)
+        table.add_row(program["name"], *_cells(program))
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
     console.print(table)
     for line in ratio_lines(result):
         console.print(line, highlight=False)
 
 
-def _row(program: dict[str, Any]) -> list[str]:
+def _cells(program: dict[str, Any]) -> list[str]:
     step = program["step"]
     return [
-        program["name"],
-        " / ".join(_seconds(program[name]) for name in FIRST_STEPS if name in program),
-        _seconds(program.get("compile_s")),
-        f"{_seconds(step['median'])} [{_seconds(step['q1'])}, {_seconds(step['q3'])}]",
-        _seconds(program["eval"]["median"]),
+        f"{step['median']:.3g}",
+        f"{step['q1']:.3g}-{step['q3']:.3g}",
+        f"{program['eval']['median']:.3g}",
+        _or_dash(program.get("first_step_cold_s"), ".1f"),
+        f"{program['first_step_s']:.1f}",
+        _or_dash(program.get("compile_s"), ".1f"),
         f"{program['tokens_per_s']:,.0f}",
         f"{program['targets_per_s']:,.0f}",
-        f"{program['peak_bytes'] / 2**30:.2f} GiB",
-        _percent(program.get("of_matmul")),
-        _percent(program.get("mfu")),
+        f"{program['peak_bytes'] / 2**30:.2f}",
+        _or_dash(program.get("of_matmul"), ".0%"),
+        _or_dash(program.get("mfu"), ".0%"),
     ]
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
+def _or_dash(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def ratio_lines(result: dict[str, Any]) -> list[str]:
@@ -94,7 +89,7 @@ def plot_programs(result: dict[str, Any], path: Path) -> None:
     colors = ["C0" if p["name"].startswith("jax") else "C1" for p in programs]
     ax.barh([p["name"] for p in programs], medians, xerr=errors, color=colors, capsize=3)
     for index, value in enumerate(medians):
-        ax.annotate(f" {_seconds(value)}", (value, index), (6, 6), textcoords="offset points")
+        ax.annotate(f" {value:.3g} s", (value, index), (6, 6), textcoords="offset points")
     ax.set_xlim(0, 1.2 * max(medians))
     ax.set_xlabel("seconds a training step (median; bar: quartiles)")
     config = result["config"]
