@@ -62,8 +62,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype. Parameters, softmax and loss are never below float32; float64 is for proof."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass computes again instead of keeping it: none; dots: all but the matrix
-    products; full: every block. For less memory, and with dots on a CPU for less time."""
+    """What the backward pass computes again instead of keeping it: none; dots: all but the products
+    with weights and the attention's output; full: every block. dots is also faster on a CPU."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "d_model", "n_heads", "n_layers"):

@@ -7,16 +7,18 @@ as twice the forward. Not counted: elementwise work, and what is computed again 
 from jax_model5.config import TrainConfig
 from jax_model5.objectives import n_last
 
-# Dense bfloat16 peak of one JAX device [FLOP/s] by the start of its `device_kind`, without
-# sparsity. NVIDIA: the data sheet of each product (SXM where there are several). TPU: "System
-# architecture" of each version in Google Cloud's TPU documentation; v2 and v3 show a chip as two
-# devices, each half.
+# Dense bfloat16 peak of one JAX device [FLOP/s] by its whole `device_kind`, without sparsity.
+# NVIDIA: the data sheet of each product. TPU: "System architecture" of each version in Google
+# Cloud's TPU documentation; v2 and v3 show a chip as two devices, each half.
 PEAK_BFLOAT16 = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989.4e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
     "NVIDIA A10G": 70e12,
@@ -26,7 +28,6 @@ PEAK_BFLOAT16 = {
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
@@ -34,8 +35,7 @@ PEAK_BFLOAT16 = {
 
 def peak_bfloat16(device_kind: str) -> float | None:
     """The published peak [FLOP/s], or None for a chip that the table does not know."""
-    names = [name for name in PEAK_BFLOAT16 if device_kind.startswith(name)]
-    return PEAK_BFLOAT16[max(names, key=len)] if names else None
+    return PEAK_BFLOAT16.get(device_kind)
 
 
 def attended_pairs(n_queries: int, n_keys: int) -> int:

@@ -78,6 +78,7 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
+@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for all of its uses
 def threefry2x32(key_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """First word of Threefry-2x32-20 on the counter (index on axis 0, index on the other axes).
 
@@ -293,15 +294,16 @@ class Model5(nn.Module):
         x_BxLxD = (self.wte_VxD[tokens_BxL] + self.wpe_LxD[:L]).astype(c.dtype)
         x_BxLxD = self.drop(x_BxLxD, deterministic=deterministic)
         if c.n_layers > 1:
-            # One compiled block for all. A shallow trunk is unrolled: 1.1 times faster on a CPU,
-            # where a deep one would take 1.5 times the memory and twice the compilation.
+            # One compiled block for all. A shallow trunk is unrolled: 1.1 times faster on a CPU.
+            # XLA may then keep what remat "dots" would compute again.
             depth = c.n_layers - 1
+            is_unrolled = depth <= _UNROLLED and c.remat != "full"
             scan = nn.scan(
                 run_block(c, L, deterministic=deterministic),
                 variable_axes={"params": 0, "masks": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=depth,
-                unroll=depth if depth <= _UNROLLED else 1,
+                unroll=depth if is_unrolled else 1,
             )
             x_BxLxD, _ = scan(self.trunk, x_BxLxD, None)
         run = run_block(c, n_last, deterministic=deterministic)

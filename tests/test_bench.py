@@ -4,10 +4,11 @@ import json
 import sys
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from jax_model5.bench import __main__ as bench
-from jax_model5.bench import cases, rounds
+from jax_model5.bench import cases, measure, peers, rounds
 from jax_model5.config import TrainConfig, UserError, to_yaml
 from tests.tiny import run, tiny
 
@@ -22,16 +23,6 @@ for line in sys.stdin:
     print(json.dumps({"seconds": seconds[: int(count)], "peak_bytes": 7}), flush=True)
     seconds = seconds[int(count) :]
 """
-# A program that serves a real clock: its step sleeps, or does not.
-SLOW_PATH = """
-import sys, time
-from jax_model5.bench.measure import serve
-def step():
-    start = time.perf_counter()
-    time.sleep(float(sys.argv[1]))
-    return time.perf_counter() - start
-serve({"loss": 1.0}, {"step": step})
-"""
 
 
 def program(name, script, *args):
@@ -42,12 +33,13 @@ def test_programs_take_turns_and_keep_their_times(tmp_path):
     log = tmp_path / "log"
     a = program("a", MADE_UP, "a", [1, 2, 3, 4], log)
     b = program("b", MADE_UP, "b", [10, 20, 30, 40], log)
-    times = rounds.in_turn([a, b], 2, 2)
+    requests = {"a": {"step": 2}, "b": {"step": 1, "matmul": 1}}
+    times = rounds.in_turn([a, b], 2, requests)
     for child in (a, b):
         child.end()
-    assert log.read_text().split() == ["a", "b", "a", "b"]
-    assert times["a"] == {"rounds": [[1, 2], [3, 4]], "peak_bytes": 7}
-    assert times["b"]["rounds"] == [[10, 20], [30, 40]]
+    assert log.read_text().split() == ["a", "b", "b", "a", "b", "b"]
+    assert times["a"] == {"step": [[1, 2], [3, 4]], "peak_bytes": 7}
+    assert times["b"] == {"step": [[10], [30]], "matmul": [[20], [40]], "peak_bytes": 7}
 
 
 def test_summary_of_made_up_times():
@@ -62,23 +54,48 @@ def test_ratio_is_per_round_so_that_a_slow_minute_cancels():
         rounds.ratio(ours, theirs[:1])
 
 
-def test_the_benchmark_sees_a_planted_slow_path():
-    fast, slow = program("fast", SLOW_PATH, 0), program("slow", SLOW_PATH, 0.05)
-    times = rounds.in_turn([fast, slow], 2, 3)
-    for child in (fast, slow):
-        child.end()
-    assert rounds.ratio(times["fast"]["rounds"], times["slow"]["rounds"])["min"] > 2
+class Result:
+    """What a device returns at once and computes later: waiting for it takes time."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
+    def block_until_ready(self):
+        self.clock.now += self.seconds
+        return self
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_the_clock_stops_when_the_device_is_done_and_sees_a_slow_path(monkeypatch):
+    """A planted slow path, 10 times slower on the device, is 10 times slower in the ratio."""
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    fast = [[measure.timed(lambda: {"loss": Result(clock, 0.5)})] for _ in range(3)]
+    slow = [[measure.timed(lambda: {"loss": Result(clock, 5.0)})] for _ in range(3)]
+    assert rounds.ratio(fast, slow)["median"] == pytest.approx(10)
 
 
 def test_programs_that_do_other_work_are_refused():
-    rounds.require_equal_losses({"a": 10.82, "b": 10.83})
-    for other in (10.7, float("nan")):
+    rounds.require_equal_losses({"a": 10.82, "b": 10.82005}, "float32")
+    for other in (10.83, float("nan")):
         with pytest.raises(UserError, match="do not do the same work"):
-            rounds.require_equal_losses({"a": 10.82, "b": other})
+            rounds.require_equal_losses({"a": 10.82, "b": other}, "float32")
 
 
 @pytest.mark.parametrize(
-    "script", ["import sys; print('boom', file=sys.stderr); sys.exit(3)", "raise OSError('boom')"]
+    "script",
+    [
+        "import sys; print('boom', file=sys.stderr); sys.exit(3)",
+        "import sys; sys.exit('error: boom')",
+        "raise OSError('boom')",
+        "e = RuntimeError('boom: out of memory\\nof 3 GiB'); e.add_note('a note'); raise e",
+    ],
 )
 def test_a_program_that_dies_is_one_line(script):
     with pytest.raises(UserError, match=r"x ended with exit code \d: .*boom"):
@@ -145,7 +162,8 @@ def test_a_comparison_writes_its_table_json_and_plot(tmp_path, case_file):
     assert ours["flops"].keys() == {"full blocks", "suffix block", "attention", "head"}
     assert ours["step"]["n"] == course["step"]["n"] == 2
     assert ours["first_step_cold_s"] > 0 < ours["compile_s"]
-    assert ours["loss"] == pytest.approx(course["loss"], abs=0.05)
+    assert ours["compile_cold_s"] > 0
+    assert ours["of_matmul"] < 1
     assert {"command", "commit", "machine", "precision", "attention", "prng"} <= result.keys()
     assert {"jax", "torch", "processor", "device"} <= result["machine"].keys()
     assert matplotlib.image.imread(out / "tiny_final_token.png").shape[2] == 4
@@ -172,6 +190,8 @@ def test_a_sweep_predicts_and_measures(tmp_path, case_file):
         ("--steps two", "invalid int value: 'two'"),
         ("--sweep width", "invalid choice: 'width'"),
         ("--peer tuned --sweep batch", "a sweep has no peers"),
+        ("--dtype float32 --dtype bfloat16 --sweep batch", "one --dtype at a time"),
+        ("--accumulate 2 --sweep batch", "the batch is swept without it"),
         ("--accumulate 3", "accumulate=3: must divide batch_size=16"),
         ("--out /dev/null/x", "name another folder"),
     ],
@@ -184,3 +204,35 @@ def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_no_device_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "quantum")
+    with pytest.raises(UserError, match=r"no device: .*quantum.*; check JAX_PLATFORMS"):
+        bench.platform_of_jax()
+
+
+def test_runs_of_other_knobs_have_other_names():
+    options = bench.parse_args("--case model5 --dtype bfloat16 --remat full".split())
+    name = bench.file_name(options, cases.case("model5", "cpu"))
+    assert name == "model5_final_token_bfloat16_remat_full"
+
+
+def test_peers_need_the_same_weights_to_compare_losses(tmp_path, text_file):
+    """PyTorch at the weights that our side wrote has our loss; at other weights it has not."""
+    config = tiny(tmp_path, text_file, objective="last_k", last_k=3)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    weights = str(tmp_path / "weights.npz")
+    ours = peers.ours(config, "float32", tmp_path)
+    theirs = peers.course(config, "float32", tmp_path)
+    with peers.ended([ours, theirs]):
+        losses = {"jax": ours.ask("loss", weights)["loss"]}
+        losses["torch"] = theirs.ask("loss", weights)["loss"]
+        rounds.require_equal_losses(losses, "float32")
+        leaves = dict(np.load(weights))
+        leaves["last_block/ln_1/bias"] += 1.0
+        np.savez(weights, **leaves)
+        losses["torch"] = theirs.ask("loss", weights)["loss"]
+    with pytest.raises(UserError, match="do not do the same work"):
+        rounds.require_equal_losses(losses, "float32")

@@ -78,6 +78,9 @@ def test_attended_pairs(queries, keys, pairs):
         ("cpu", None),
         ("NVIDIA L40S", 362),
         ("NVIDIA L4", 121),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_peak_by_device_kind(kind, teraflops):

@@ -73,6 +73,22 @@ def test_remat_changes_no_gradient_dropout_on(objective):
             assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
 
 
+@pytest.mark.parametrize("n_layers", [4, 8])
+def test_remat_full_takes_less_memory(n_layers):
+    """The compiled program's own figure, at a size where activations outweigh parameters."""
+
+    def temporary_bytes(remat: str) -> int:
+        shape = {"n_layers": n_layers, "seq_len": 128, "remat": remat}
+        config = dataclasses.replace(PLAIN, model=dataclasses.replace(MODEL, **shape))
+        state = jax.eval_shape(functools.partial(step.init_state, config=config), jax.random.key(0))
+        batch = jax.ShapeDtypeStruct((8, 129), "int32")
+        run_step = jax.jit(functools.partial(step.loss_and_gradients, config=config))
+        compiled = run_step.lower(state, jax.random.key(0), batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.7 * temporary_bytes("none")
+
+
 def test_a_scanned_trunk_is_the_unrolled_one(monkeypatch):
     config = dataclasses.replace(PLAIN, model=MODEL)
     unrolled = loss_and_gradients(config)

@@ -9,15 +9,16 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from jax_model5 import data
-from jax_model5.config import TrainConfig, one_line_errors, parse
-from torch_ref.loss import n_last
+from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
 from torch_ref.step import autocast, eval_step, make_optimizer, make_scheduler, train_step
 
@@ -77,9 +78,9 @@ def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Ca
         losses = []
         for micro_batch in range(config.accumulate):
             with autocast(windows_BxL1, config):
-                loss = forward(windows_BxL1[micro_batch :: config.accumulate]) / config.accumulate
-            loss.backward()
-            losses.append(loss.detach())
+                part = forward(windows_BxL1[micro_batch :: config.accumulate]) / config.accumulate
+            part.backward()
+            losses.append(part.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -97,44 +98,100 @@ def course_step(model: Model5, config: TrainConfig) -> Callable:
 
 def main() -> None:
     with one_line_errors():
-        variant, *args = sys.argv[1:]
+        variant, *args = sys.argv[1:] or [""]
+        if variant not in ("course", "eager", "compile"):
+            raise UserError(f"{variant!r}: the first argument is course, eager or compile")
         config = parse(args, "torch_ref.bench")
         corpus = data.load_corpus(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     torch.manual_seed(config.seed)
     if variant == "course":
-        model = Model5(config.model).to(device)
-        run = course_step(model, config)
+        model = Model5(config.model).to(device, dtype)
+        train = course_step(model, config)
     else:
-        model = tuned_model = TunedModel5(config.model).to(device)
-        run = tuned_step(tuned_model, config, is_compiled=variant == "compile")
-    step, loss = 0, math.nan
+        model = tuned_model = TunedModel5(config.model).to(device, dtype)
+        train = tuned_step(tuned_model, config, is_compiled=variant == "compile")
+    step = 0
 
-    def timed_step() -> float:
-        nonlocal step, loss
+    def run_step() -> float:
+        nonlocal step
         batch = data.train_batch(corpus, config, step)
         step += 1
-        start = time.perf_counter()
-        loss = run(torch.from_numpy(batch).to(device))
-        return time.perf_counter() - start
+        return timed(lambda: train(torch.from_numpy(batch).to(device)))
 
-    def timed_eval() -> float:
-        batch = torch.from_numpy(data.test_batches(corpus, config)[0]).to(device)
-        start = time.perf_counter()
-        eval_step(model, batch, config)
-        return time.perf_counter() - start
+    test_batch = torch.from_numpy(data.test_batches(corpus, config)[0]).to(device)
+    run_step()
+    about = {
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "versions": {"torch": torch.__version__},
+    }
+    runs = {"step": run_step, "eval": lambda: timed(lambda: eval_step(model, test_batch, config))}
+    first_batch = torch.from_numpy(data.train_batch(corpus, config, 0)).to(device)
+    serve(about, runs, lambda path: initial_loss(model, first_batch, config, path))
 
-    timed_step()
-    about = {"loss": loss, "versions": {"torch": torch.__version__}}
-    serve(about, {"step": timed_step, "eval": timed_eval})
 
-
-def serve(about: dict[str, Any], timed: dict[str, Callable[[], float]]) -> None:
+def serve(
+    about: dict[str, Any],
+    runs: dict[str, Callable[[], float]],
+    initial_loss: Callable[[str], float],
+) -> None:
+    """As jax_model5/bench/measure.py's: the first run of each kind is a warm-up."""
     print(json.dumps(about), flush=True)
+    warm = {"step"}
     for line in sys.stdin:
-        kind, count = line.split()
-        seconds = [timed[kind]() for _ in range(int(count))]
+        kind, argument = line.rstrip("\n").split(" ", 1)
+        if kind == "loss":
+            print(json.dumps({"loss": initial_loss(argument)}), flush=True)
+            continue
+        if kind not in warm:
+            runs[kind]()
+            warm.add(kind)
+        seconds = [runs[kind]() for _ in range(int(argument))]
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def initial_loss(
+    model: Model5, windows_BxL1: torch.Tensor, config: TrainConfig, path: str
+) -> float:
+    """Loss of a batch, dropout off, at the weights that JAX wrote to `path`."""
+    load_jax_weights(model, np.load(path))
+    model.eval()
+    n = n_last(config)
+    with autocast(windows_BxL1, config):
+        tokens_BxL = windows_BxL1[:, :-1]
+        is_tuned = isinstance(model, TunedModel5)
+        logits_BxNxV = model(tokens_BxL, n) if is_tuned else model(tokens_BxL)
+    return loss(logits_BxNxV.to(model.wte.weight.dtype), windows_BxL1[:, 1:], n).item()
+
+
+def load_jax_weights(model: Model5, leaves: Mapping[str, np.ndarray]) -> None:
+    """Copies JAX's leaves, by their paths, into the model. Raises KeyError where one lacks."""
+    for name, parameter in model.named_parameters():
+        path, _, kind = name.rpartition(".")
+        if path in ("wte", "wpe"):
+            parameter.copy_(torch.from_numpy(leaves[path]))
+            continue
+        is_norm = path.split(".")[-1].startswith("ln_")
+        kind = {"weight": "scale" if is_norm else "kernel"}.get(kind, kind)
+        if path.startswith("blocks."):
+            _, layer, *rest = path.split(".")
+            is_last = int(layer) == len(model.blocks) - 1
+            stack = leaves["/".join(["last_block" if is_last else "trunk", *rest, kind])]
+            array = stack if is_last else stack[int(layer)]
+        else:
+            array = leaves[f"{path}/{kind}"]
+        parameter.copy_(torch.from_numpy(array.T if kind == "kernel" else array))
 
 
 def peak_bytes() -> int:

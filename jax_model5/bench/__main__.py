@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import os
 import platform
 import shlex
@@ -28,6 +29,7 @@ from jax_model5.bench.rounds import (
     summary,
 )
 from jax_model5.config import TrainConfig, UserError, one_line_errors
+from jax_model5.data import load_corpus
 from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.objectives import n_last
 
@@ -55,6 +57,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     for name in ("rounds", "steps"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
+    if options.sweep == "batch" and options.accumulate:
+        raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
     if options.peer and options.sweep:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
     if options.peer and importlib.util.find_spec("torch") is None:
@@ -67,71 +71,114 @@ def main() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with one_line_errors():
         options = parse_args(sys.argv[1:])
-        config = configure(options)
-        out = Path(options.out).expanduser()
-        name = Path(options.case).stem + f"_{config.objective}"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory() as scratch:
-                if options.sweep:
-                    name += f"_sweep_{options.sweep}"
-                    result = sweep(options, config, Path(scratch))
-                    report.plot_sweep(result, out / f"{name}.png")
-                else:
-                    result = compare(options, config, Path(scratch))
-                    report.print_table(result)
-                    report.plot_programs(result, out / f"{name}.png")
-            report.write_json(result, out / f"{name}.json")
-        except OSError as error:
-            raise UserError(f"out={options.out!r}: {error.strerror}; name another folder") from None
+        config = configure(options, platform_of_jax())
+        out = make_folder(options.out)
+        load_corpus(config)  # tokenized before any clock runs
+        commit = _commit()
+        with tempfile.TemporaryDirectory() as scratch:
+            measure_it = sweep if options.sweep else compare
+            result = {"commit": commit, **measure_it(options, config, Path(scratch))}
+        name = file_name(options, config)
+        report.write_json(result, out / f"{name}.json")
+        if options.sweep:
+            report.plot_sweep(result, out / f"{name}.png")
+        else:
+            report.print_table(result)
+            report.plot_programs(result, out / f"{name}.png")
         print(f"written: {out / name}.json and .png")
 
 
-def configure(options: argparse.Namespace) -> TrainConfig:
-    config = cases.case(options.case, jax.default_backend())
-    given = {
-        name: getattr(options, name)
-        for name in ("objective", "accumulate")
-        if getattr(options, name) is not None
-    }
-    config = dataclasses.replace(config, **given)
+def platform_of_jax() -> str:
+    """cpu, gpu or tpu; asked in a process that ends, because a TPU serves one process at a time."""
+    script = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"no device: {done.stderr.strip().splitlines()[-1]}; check JAX_PLATFORMS")
+    return done.stdout.split()[-1]
+
+
+def configure(options: argparse.Namespace, platform_name: str) -> TrainConfig:
+    config = cases.case(options.case, platform_name)
+    dtypes = options.dtype or [config.model.dtype]
+    if len(dtypes) > 1 and (options.sweep or platform_name == "tpu"):
+        raise UserError(f"dtype={dtypes[1]!r}: a sweep and a TPU take one --dtype at a time")
+    fields = {name: getattr(options, name) for name in ("objective", "accumulate")}
+    config = dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
+    config = cases.with_model(config, dtype=dtypes[0])
     return cases.with_model(config, remat=options.remat) if options.remat else config
+
+
+def make_folder(name: str) -> Path:
+    out = Path(name).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={name!r}: {error.strerror}; name another folder") from None
+    return out
+
+
+def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
+    """Case and objective, and every knob that was turned."""
+    knobs = [Path(options.case).stem, config.objective, *(options.dtype or [])]
+    knobs += [f"remat_{options.remat}"] if options.remat else []
+    knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
+    knobs += [f"sweep_{options.sweep}"] if options.sweep else []
+    return "_".join(knobs)
 
 
 def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
     """Our program in each dtype, and the peers, round by round."""
     dtypes = options.dtype or [config.model.dtype]
     programs: list[Program] = []
-    cold = {}
+    cold: dict[str, dict[str, float]] = {}
+    weights = {dtype: str(scratch / f"{dtype}.npz") for dtype in dtypes}
     with ended(programs):
         for dtype in dtypes:
-            first = ours(config, dtype, scratch)
-            first.end()
-            say(f"{first.name}: first step after {first.first_step_s:.1f} s, nothing compiled")
-            cold[first.name] = first.first_step_s
             programs.append(ours(config, dtype, scratch))
-            say(f"{first.name}: again after {programs[-1].first_step_s:.1f} s")
+            cold[programs[-1].name] = cold_start(programs[-1], weights[dtype])
+            programs[-1] = ours(config, dtype, scratch)
+            say(f"{programs[-1].name}: again after {programs[-1].first_step_s:.1f} s")
+        if options.peer and programs[0].about["n_devices"] > 1:
+            raise UserError("peer: PyTorch's side uses one device; show JAX one as well")
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             say(f"{programs[-1].name}: first step done")
         if "tuned" in options.peer:
             programs += [tuned(config, dtype, options.steps, scratch) for dtype in dtypes]
-        require_equal_losses({p.name: p.about["loss"] for p in programs})
-        times = in_turn(programs, options.rounds, options.steps)
-        rows = [measured(p, times[p.name], config) for p in programs]
-    for row in rows:
-        if row["name"] in cold:
-            row["first_step_cold_s"] = cold[row["name"]]
-    result = about(options, config, programs)
-    return result | {"programs": rows, "ratios": ratios(rows)}
+        requests = {p.name: {"step": options.steps} for p in programs}
+        for name in cold:
+            requests[name]["matmul"] = _MATMULS
+        times = in_turn(programs, options.rounds, requests)
+        rows = [measured(p, times[p.name], config) | cold.get(p.name, {}) for p in programs]
+        for dtype in dtypes:
+            losses = {name: c["initial_loss"] for name, c in cold.items() if name.endswith(dtype)}
+            for program in programs[len(dtypes) :]:
+                if program.name.endswith(dtype):
+                    losses[program.name] = program.ask("loss", weights[dtype])["loss"]
+            require_equal_losses(losses, dtype)
+            say(f"losses at the same weights: {losses}")
+        circumstances = about(options, config, programs)
+    return circumstances | {"programs": rows, "ratios": ratios(rows)}
+
+
+def cold_start(program: Program, weights: str) -> dict[str, float]:
+    """What a start without compile cache tells; writes the initial weights, ends the program."""
+    say(f"{program.name}: first step after {program.first_step_s:.1f} s, nothing compiled")
+    loss = program.ask("loss", weights)["loss"]
+    program.end()
+    return {
+        "first_step_cold_s": program.first_step_s,
+        "compile_cold_s": program.about["compile_s"],
+        "initial_loss": loss,
+    }
 
 
 def measured(program: Program, times: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """One program's row: times, rates, memory."""
-    step = summary([second for seconds in times["rounds"] for second in seconds])
+    step = summary(flat(times["step"]))
     row: dict[str, Any] = {
         "name": program.name,
-        "rounds": times["rounds"],
+        "rounds": times["step"],
         "step": step,
         "eval": summary(program.ask("eval", _EVALS)["seconds"]),
         "first_step_s": program.first_step_s,
@@ -140,18 +187,21 @@ def measured(program: Program, times: dict[str, Any], config: TrainConfig) -> di
         "targets_per_s": config.batch_size * n_last(config) / step["median"],
         **{name: value for name, value in program.about.items() if name != "versions"},
     }
-    is_ours = "compile_s" in row
-    return row | rates(program, config, step["median"]) if is_ours else row
+    return row | rates(program, times, config) if "matmul" in times else row
 
 
-def rates(program: Program, config: TrainConfig, step_s: float) -> dict[str, Any]:
-    """Achieved FLOP/s of our program, of the matrix products' rate, and of the chip's peak."""
-    achieved = sum(step_flops(config).values()) / step_s
-    product_s = statistics.median(program.ask("matmul", _MATMULS)["seconds"])
-    n_devices = program.about["n_devices"]
-    matmul = n_devices * measure.matmul_flops(config) / product_s
+def flat(rounds: Sequence[Sequence[float]]) -> list[float]:
+    return list(itertools.chain.from_iterable(rounds))
+
+
+def rates(program: Program, times: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Achieved FLOP/s of our program: of the products' fastest round, and of the chip's peak."""
+    flops, n_devices = step_flops(config), program.about["n_devices"]
+    achieved = sum(flops.values()) / statistics.median(flat(times["step"]))
+    product_s = min(statistics.median(seconds) for seconds in times["matmul"])
+    matmul = n_devices * measure.matmul_flops(config, n_devices) / product_s
     row = {
-        "flops": step_flops(config),
+        "flops": flops,
         "flops_per_s": achieved,
         "matmul_flops_per_s": matmul,
         "of_matmul": fraction(achieved, matmul, "the matrix products"),
@@ -186,17 +236,19 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
     """Our step at each point, and what its FLOPs predict at that point's matrix-product rate."""
     points = []
+    requests = {"step": options.steps, "matmul": _MATMULS}
     for value, point in cases.sweep_points(config, options.sweep):
         program = ours(point, config.model.dtype, scratch)
         with ended([program]):
-            times = in_turn([program], 1, options.rounds * options.steps)[program.name]
-            step = summary(times["rounds"][0])
-            row = rates(program, point, step["median"])
+            times = in_turn([program], options.rounds, {program.name: requests})[program.name]
             circumstances = about(options, config, [program])
+            row = rates(program, times, point)
+        step = summary(flat(times["step"]))
         predicted = sum(row["flops"].values()) / row["matmul_flops_per_s"]
-        points.append({"value": value, "step": step, "predicted_s": predicted, **row})
-        points[-1]["peak_bytes"] = times["peak_bytes"]
         say(f"{options.sweep} {value}: {step['median']:.4g} s, predicted {predicted:.4g} s")
+        memory = {name: program.about[name] for name in ("program_bytes", "compile_s")}
+        point_row = {"value": value, "step": step, "predicted_s": predicted}
+        points.append(point_row | row | memory | {"peak_bytes": times["peak_bytes"]})
     return circumstances | {"sweep": options.sweep, "points": points}
 
 
@@ -210,7 +262,6 @@ def about(
     return {
         "command": f"python -m jax_model5.bench {arguments}",
         "case": options.case,
-        "commit": _commit(),
         "config": dataclasses.asdict(config),
         "machine": {
             "device": program.about["device"],

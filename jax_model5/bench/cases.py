@@ -46,7 +46,8 @@ def sweep_points(config: TrainConfig, sweep: str) -> list[tuple[int, TrainConfig
         if sweep == "batch":
             point = dataclasses.replace(config, batch_size=value, accumulate=1)
         elif sweep == "seq":
-            point = with_model(config, seq_len=value)
+            k = min(config.last_k, value)
+            point = dataclasses.replace(with_model(config, seq_len=value), last_k=k)
         elif sweep == "layers":
             point = with_model(config, n_layers=value)
         elif value <= config.model.seq_len:

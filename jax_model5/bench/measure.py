@@ -1,7 +1,8 @@
 """One program of the benchmark, in a process of its own: our training step, timed on request.
 
-It prints a JSON object when its first step is done, then one for each line `step N`, `eval N` or
-`matmul N` of standard input: the seconds of N runs, each ended by a synchronization.
+It prints a JSON object when its first step is done, then one for each line `step N`, `eval N`,
+`matmul N` or `loss PATH` of standard input: the seconds of N runs, each ended by a synchronization,
+or the loss of the first batch at the initial weights, which it writes to PATH.
 """
 
 import json
@@ -11,10 +12,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
+import numpy as np
 
 from jax_model5 import data, sharding
-from jax_model5.config import TrainConfig, one_line_errors, parse
+from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from jax_model5.objectives import n_last, window_nll
 from jax_model5.train import Programs, set_up_jax
 
 _PRODUCTS = 8  # pairs of matrix products in one timed call, so that its start does not count
@@ -25,29 +29,39 @@ def main() -> None:
         config = parse(sys.argv[1:], "jax_model5.bench.measure")
         set_up_jax(config)
         corpus, programs = data.load_corpus(config), Programs(config)
+        try:
+            run(config, corpus, programs)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"batch_size={config.batch_size}: the device's memory is too small; use "
+                "--accumulate, --remat full, or fewer programs at once"
+            ) from None
+
+
+def run(config: TrainConfig, corpus: data.Corpus, programs: Programs) -> None:
+    state, step = programs.init(programs.key), 0  # runs while the step is being compiled
     start = time.perf_counter()
     train_step = programs.compile_train()
     compile_s = time.perf_counter() - start
-    state, step, loss = programs.init(programs.key), 0, float("nan")
 
     def run_step() -> float:
-        nonlocal state, step, loss
+        nonlocal state, step
         batch = data.train_batch(corpus, config, step)
         step += 1
-        start = time.perf_counter()
-        state, metrics = train_step(state, programs.key, sharding.to_devices(programs.mesh, batch))
-        loss = float(metrics["loss"])
-        return time.perf_counter() - start
 
-    def run_eval() -> float:
-        batch = sharding.to_devices(programs.mesh, data.test_batches(corpus, config)[0])
-        start = time.perf_counter()
-        jax.block_until_ready(programs.evaluate(state.params, batch))
-        return time.perf_counter() - start
+        def call() -> Any:
+            nonlocal state
+            windows_BxL1 = sharding.to_devices(programs.mesh, batch)
+            state, metrics = train_step(state, programs.key, windows_BxL1)
+            return state, metrics
 
+        return timed(call)
+
+    test_batch = sharding.to_devices(programs.mesh, data.test_batches(corpus, config)[0])
     run_step()
     about = {
-        "loss": loss,
         "compile_s": compile_s,
         "program_bytes": program_bytes(train_step),
         "device": jax.devices()[0].device_kind,
@@ -55,27 +69,60 @@ def main() -> None:
         "n_devices": programs.mesh.size,
         "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     }
-    serve(about, {"step": run_step, "eval": run_eval, "matmul": matmul(config)})
+    runs = {
+        "step": run_step,
+        "eval": lambda: timed(lambda: programs.evaluate(state.params, test_batch)),
+        "matmul": matmul(config, programs.mesh.size),
+    }
+    serve(about, runs, lambda path: initial_loss(config, corpus, programs, path))
 
 
-def serve(about: dict[str, Any], timed: dict[str, Callable[[], float]]) -> None:
-    """Answers until standard input ends. The first call of each kind is a warm-up, not timed."""
+def serve(
+    about: dict[str, Any],
+    runs: dict[str, Callable[[], float]],
+    loss: Callable[[str], float] | None = None,
+) -> None:
+    """Answers until standard input ends. The first run of each kind is a warm-up, not timed."""
     print(json.dumps(about), flush=True)
     warm = {"step"}
     for line in sys.stdin:
-        kind, count = line.split()
+        kind, argument = line.rstrip("\n").split(" ", 1)
+        if kind == "loss" and loss:
+            print(json.dumps({"loss": loss(argument)}), flush=True)
+            continue
         if kind not in warm:
-            timed[kind]()
+            runs[kind]()
             warm.add(kind)
-        seconds = [timed[kind]() for _ in range(int(count))]
+        seconds = [runs[kind]() for _ in range(int(argument))]
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 
-def matmul(config: TrainConfig) -> Callable[[], float]:
-    """Times x [B L, D] through the MLP's two matrices, and nothing else, in the model's dtype."""
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds until everything that `call` returns is computed."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def initial_loss(config: TrainConfig, corpus: data.Corpus, programs: Programs, path: str) -> float:
+    """Loss of the first batch at the initial weights, dropout off; the weights go to `path`."""
+    params = programs.init(programs.key).params
+    np.savez(path, **flax.traverse_util.flatten_dict(jax.device_get(params), sep="/"))
+
+    @jax.jit
+    def mean_nll(params: dict, windows_BxL1: jax.Array) -> jax.Array:
+        n = n_last(config)
+        return window_nll(params, windows_BxL1, config, n_last=n, deterministic=True).mean()
+
+    batch = sharding.to_devices(programs.mesh, data.train_batch(corpus, config, 0))
+    return float(mean_nll(params, batch))
+
+
+def matmul(config: TrainConfig, n_devices: int) -> Callable[[], float]:
+    """Times one device's x [B L, D] through the MLP's two matrices, in the model's dtype."""
     c = config.model
     keys = jax.random.split(jax.random.key(0), 3)
-    M, D = config.batch_size * c.seq_len // config.accumulate, c.d_model
+    M, D = _positions(config, n_devices), c.d_model
     x_MxD, up_DxF, down_FxD = (
         (jax.random.normal(key, shape) / shape[0] ** 0.5).astype(c.dtype)
         for key, shape in zip(keys, ((M, D), (D, 4 * D), (4 * D, D)), strict=True)
@@ -85,18 +132,18 @@ def matmul(config: TrainConfig) -> Callable[[], float]:
     def products(x_MxD: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: x @ up_DxF @ down_FxD, x_MxD)
 
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(products(x_MxD))
-        return time.perf_counter() - start
-
-    return run
+    return lambda: timed(lambda: products(x_MxD))
 
 
-def matmul_flops(config: TrainConfig) -> float:
+def matmul_flops(config: TrainConfig, n_devices: int) -> float:
     """FLOPs of one `matmul` call."""
-    positions = config.batch_size * config.model.seq_len // config.accumulate
-    return _PRODUCTS * 2 * 2.0 * positions * config.model.d_model * 4 * config.model.d_model
+    D = config.model.d_model
+    return _PRODUCTS * 2 * 2.0 * _positions(config, n_devices) * D * 4 * D
+
+
+def _positions(config: TrainConfig, n_devices: int) -> int:
+    """Positions that one device computes at a time."""
+    return config.batch_size * config.model.seq_len // (config.accumulate * n_devices)
 
 
 def peak_bytes() -> int:

@@ -15,7 +15,9 @@ def ours(config: TrainConfig, dtype: str, scratch: Path) -> Program:
     """Our program, its compile cache in `scratch`."""
     path = _config_file(with_model(config, dtype=dtype), scratch)
     command = [sys.executable, "-m", "jax_model5.bench.measure", "--config", path]
-    return Program(f"jax {dtype}", command, {"JAX_COMPILATION_CACHE_DIR": str(scratch / "xla")})
+    return Program(
+        f"jax {dtype}", command, {"JAX_COMPILATION_CACHE_DIR": str(scratch / f"xla_{dtype}")}
+    )
 
 
 def course(config: TrainConfig, dtype: str, scratch: Path) -> Program:
@@ -39,8 +41,9 @@ def tuned(config: TrainConfig, dtype: str, steps: int, scratch: Path) -> Program
     except UserError as error:
         say(f"torch.compile is out: {error}")
         return eager
-    contest = in_turn([eager, compiled], 1, steps)
-    times = {p: statistics.median(contest[p.name]["rounds"][0]) for p in (eager, compiled)}
+    both = eager, compiled
+    contest = in_turn(both, 1, {p.name: {"step": steps} for p in both})
+    times = {p: statistics.median(contest[p.name]["step"][0]) for p in both}
     slower, faster = sorted(times, key=times.__getitem__, reverse=True)
     slower.end()
     return faster

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from typing import Any
 
 from jax_model5.config import UserError
 
-_LOSS_TOLERANCE = 0.05  # nats; fresh weights give ln V within 0.01, whatever their seed
+# Difference of two programs' losses at the same weights [nats], about 10 times what was measured.
+LOSS_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-2}
+# A Python traceback's last line, or our own one-line error; notes may follow it.
+_LAST_WORDS = re.compile(r"^(error:|[\w.]+(Error|Exception|Interrupt)\b).*")
 
 
 class Program:
-    """A child process that answers `step N`, `eval N`, ... with the seconds of N runs.
+    """A child process that answers `step N`, `eval N`, ... (see measure.py).
 
     Raises UserError, with the child's last words, where it ends before it answers.
     """
@@ -36,10 +40,10 @@ class Program:
         self.about = self._answer()
         self.first_step_s = time.perf_counter() - start
 
-    def ask(self, kind: str, count: int) -> dict[str, Any]:
+    def ask(self, kind: str, argument: object) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(f"{kind} {count}\n")
+            self._process.stdin.write(f"{kind} {argument}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer tells why
@@ -59,23 +63,28 @@ class Program:
                 return json.loads(line)
         code = self._process.wait()
         self._errors.seek(0)
-        words = self._errors.read().strip().splitlines() or ["no words"]
+        lines = self._errors.read().strip().splitlines() or ["no words"]
         self.end()
+        words = [line for line in lines if _LAST_WORDS.match(line)] or lines
         raise UserError(f"{self.name} ended with exit code {code}: {words[-1]}")
 
 
-def in_turn(programs: Sequence[Program], rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """A B A B ...: `steps` steps of each program in each round, by the program's name.
+def in_turn(
+    programs: Sequence[Program], rounds: int, requests: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Any]]:
+    """A B A B ...: in each round each program answers its `requests`, {name: {kind: count}}.
 
-    Every result holds `rounds`, a list of lists of seconds, and `peak_bytes`.
+    Returns by name, by kind, a list of each round's seconds; and `peak_bytes` after the steps.
     """
-    results: dict[str, dict[str, Any]] = {p.name: {"rounds": []} for p in programs}
+    results: dict[str, dict[str, Any]] = {p.name: {} for p in programs}
     for index in range(rounds):
         for program in programs:
-            answer = program.ask("step", steps)
-            results[program.name]["rounds"].append(answer["seconds"])
-            results[program.name]["peak_bytes"] = answer["peak_bytes"]
-            middle = statistics.median(answer["seconds"])
+            for kind, count in requests[program.name].items():
+                answer = program.ask(kind, count)
+                results[program.name].setdefault(kind, []).append(answer["seconds"])
+                if kind == "step":
+                    results[program.name]["peak_bytes"] = answer["peak_bytes"]
+            middle = statistics.median(results[program.name]["step"][-1])
             say(f"round {index + 1}/{rounds}  {program.name}: {middle:.4g} s a step")
     return results
 
@@ -109,12 +118,12 @@ def fraction(achieved: float, peak: float, of: str) -> float:
     return achieved / peak
 
 
-def require_equal_losses(losses: Mapping[str, float]) -> None:
-    """Raises UserError where the first losses show that the programs do not do the same work."""
+def require_equal_losses(losses: Mapping[str, float], dtype: str) -> None:
+    """Raises UserError where losses at the same weights show that the work is not the same."""
     (first, expected), *others = losses.items()
     for name, loss in others:
-        if not abs(loss - expected) <= _LOSS_TOLERANCE:
+        if not abs(loss - expected) <= LOSS_TOLERANCE[dtype]:
             raise UserError(
-                f"the losses of step 0 differ: {expected:.4f} in {first}, {loss:.4f} in {name}: "
-                "these programs do not do the same work"
+                f"the losses at the same weights differ: {expected:.6f} in {first}, {loss:.6f} in "
+                f"{name}: these programs do not do the same work"
             )
