@@ -313,10 +313,12 @@ class Model5(nn.Module):
     def head(self, x_BxNxD: jax.Array) -> jax.Array:
         """Tied head: logits_BxNxV = x wte^T [/ sqrt(D)]."""
         c = self.config
-        logits_BxNxV = jnp.einsum(
-            "bnd,vd->bnv",
-            x_BxNxD,
+        # One leading axis, for the sake of the gradient of wte: see `matmul`.
+        logits_MxV = jnp.einsum(
+            "md,vd->mv",
+            x_BxNxD.reshape(-1, c.d_model),
             self.wte_VxD.astype(c.dtype),
             preferred_element_type=at_least_float32(c.dtype),
         )
+        logits_BxNxV = logits_MxV.reshape(*x_BxNxD.shape[:-1], -1)
         return logits_BxNxV / math.sqrt(c.d_model) if c.scale_logits else logits_BxNxV

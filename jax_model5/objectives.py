@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_model5.config import TrainConfig
 from jax_model5.model import Model5
 
-_CHUNK = 32
+_ROWS = 1024  # rows of logits [V] that exist at once, about: 206 MB in float32 at V = 50257
 
 
 def n_last(config: TrainConfig) -> int:
@@ -61,13 +61,14 @@ def _in_chunks(
 ) -> jax.Array:
     """Maps over chunks of positions, so that B x N x V logits never exist all at once."""
     B, N, D = x_BxNxD.shape
-    if N <= _CHUNK:
+    C = max(1, _ROWS // B)
+    if N <= C:
         return head_nll(x_BxNxD, targets_BxN)
     # Rematerialized: the backward pass computes each chunk's logits again instead of storing them.
     head_nll = jax.checkpoint(head_nll)
-    rest = N % _CHUNK
-    x_MxBxCxD = x_BxNxD[:, rest:].reshape(B, -1, _CHUNK, D).swapaxes(0, 1)
-    targets_MxBxC = targets_BxN[:, rest:].reshape(B, -1, _CHUNK).swapaxes(0, 1)
+    rest = N % C
+    x_MxBxCxD = x_BxNxD[:, rest:].reshape(B, -1, C, D).swapaxes(0, 1)
+    targets_MxBxC = targets_BxN[:, rest:].reshape(B, -1, C).swapaxes(0, 1)
     nll_MxBxC = jax.lax.map(lambda chunk: head_nll(*chunk), (x_MxBxCxD, targets_MxBxC))
     nll_BxR = nll_MxBxC.swapaxes(0, 1).reshape(B, -1)
     if rest == 0:

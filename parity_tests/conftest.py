@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from jax_model5 import objectives
+
 MEASUREMENTS = pytest.StashKey[list]()
 CAUGHT = pytest.StashKey[list]()
 
@@ -13,6 +15,12 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config.stash[MEASUREMENTS] = []
     config.stash[CAUGHT] = []
+
+
+@pytest.fixture(autouse=True)
+def _logits_in_chunks(monkeypatch):
+    """The smallest cases stay whole; longer ones take the path of a full-size vocabulary."""
+    monkeypatch.setattr(objectives, "_ROWS", 40)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_the_suffix_path_is_the_full_path_sliced(n_last, n_layers):
 def test_the_chunked_loss_is_the_loss_of_all_logits(monkeypatch):
     params = new_params()
     config = TrainConfig(model=MODEL)
-    monkeypatch.setattr(objectives, "_CHUNK", 4)
+    monkeypatch.setattr(objectives, "_ROWS", 12)  # 4 positions of 3 sequences
 
     def chunked(params):
         return objectives.window_nll(params, windows(), config, n_last=L, deterministic=True).mean()
@@ -89,8 +89,8 @@ def test_the_chunked_loss_is_the_loss_of_all_logits(monkeypatch):
     def whole(params):
         return objectives.nll(apply(params, windows()[:, :-1]), windows()[:, 1:]).mean()
 
-    assert f"[3,4,{V}]" in str(jax.make_jaxpr(chunked)(params))  # logits of 4 positions a time
-    assert f"[3,{L},{V}]" not in str(jax.make_jaxpr(chunked)(params))
+    assert f"[12,{V}]" in str(jax.make_jaxpr(chunked)(params))  # logits of 12 rows a time
+    assert f"[{3 * L},{V}]" not in str(jax.make_jaxpr(chunked)(params))
     ours, expected = (jax.jit(jax.value_and_grad(loss))(params) for loss in (chunked, whole))
     assert ours[0] == pytest.approx(float(expected[0]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1]), strict=True):

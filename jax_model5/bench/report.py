@@ -31,7 +31,7 @@ def print_table(result: dict[str, Any]) -> None:
     config = result["config"]
     shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
     title = f"{result['case']}, {config['objective']}, {shape}, {result['machine']['device']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("program", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
