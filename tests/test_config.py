@@ -14,7 +14,7 @@ def test_the_keys_are_the_contract():
     config = dataclasses.asdict(TrainConfig())
     root = "objective last_k steps batch_size accumulate eval_every eval_batches checkpoint_every"
     assert " ".join(config) == f"{root} keep seed prng workdir model data optimizer mesh"
-    model = "vocab_size seq_len d_model n_heads n_layers dropout scale_logits gelu init dtype"
+    model = "vocab_size seq_len d_model n_heads n_layers dropout scale_logits gelu init dtype remat"
     assert " ".join(config["model"]) == model
     data = "source n_docs text_field tokenizer test_fraction sampling cache_dir"
     assert " ".join(config["data"]) == data

@@ -33,6 +33,7 @@ from jax_model5.data import load_corpus
 from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.objectives import n_last
 
+PEERS = ("course", "tuned")
 _EVALS, _MATMULS = 3, 10
 
 
@@ -43,16 +44,24 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m jax_model5.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--case", default="small", help="small, model5, or a config file")
-    parser.add_argument("--objective", choices=["final_token", "all_tokens"])
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
-    parser.add_argument("--remat", choices=["none", "dots", "full"])
-    parser.add_argument("--accumulate", type=int, help="micro-batches a step")
-    parser.add_argument("--peer", action="append", default=[], choices=["course", "tuned"])
+    parser.add_argument(
+        "--case", default="small", help="small, model5, or a config file; default small"
+    )
+    knob = "in place of the case's own"
+    parser.add_argument("--objective", choices=["final_token", "all_tokens"], help=knob)
+    parser.add_argument("--remat", choices=["none", "dots", "full"], help=knob)
+    parser.add_argument("--accumulate", type=int, help=f"micro-batches a step, {knob}")
+    dtypes = "repeat it to measure each; default: the case's own"
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
+    peers = "time PyTorch too: as the course writes it, or the fastest we know; repeat it for both"
+    parser.add_argument("--peer", action="append", default=[], choices=PEERS, help=peers)
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
-    parser.add_argument("--rounds", type=int, default=5, help="A B A B ... [rounds]")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each round [steps]")
-    parser.add_argument("--out", default="runs/bench", help="folder of the JSON and PNG")
+    rounds = "times that each program has its turn; default 5"
+    parser.add_argument("--rounds", type=int, default=5, help=rounds)
+    steps = "timed steps of each turn; default 3"
+    parser.add_argument("--steps", type=int, default=3, help=steps)
+    folder = "folder of the JSON and PNG; default runs/bench"
+    parser.add_argument("--out", default="runs/bench", help=folder)
     options = parser.parse_args(args)
     for name in ("rounds", "steps"):
         if getattr(options, name) < 1:
@@ -118,7 +127,7 @@ def make_folder(name: str) -> Path:
 
 
 def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
-    """Case and objective, and every knob that was turned."""
+    """Case and objective, and every knob of the model that was turned."""
     knobs = [Path(options.case).stem, config.objective, *(options.dtype or [])]
     knobs += [f"remat_{options.remat}"] if options.remat else []
     knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
@@ -137,7 +146,7 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
             programs.append(ours(config, dtype, scratch))
             cold[programs[-1].name] = cold_start(programs[-1], weights[dtype])
             programs[-1] = ours(config, dtype, scratch)
-            say(f"{programs[-1].name}: again after {programs[-1].first_step_s:.1f} s")
+            say(f"{programs[-1].name}: warm start, {programs[-1].first_step_s:.1f} s")
         if options.peer and programs[0].about["n_devices"] > 1:
             raise UserError("peer: PyTorch's side uses one device; show JAX one as well")
         if "course" in options.peer:
@@ -156,14 +165,16 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
                 if program.name.endswith(dtype):
                     losses[program.name] = program.ask("loss", weights[dtype])["loss"]
             require_equal_losses(losses, dtype)
-            say(f"losses at the same weights: {losses}")
+            if len(losses) > 1:
+                shown = ", ".join(f"{loss:.6f} {name}" for name, loss in losses.items())
+                say(f"losses of the first batch at the same weights: {shown}")
         circumstances = about(options, config, programs)
     return circumstances | {"programs": rows, "ratios": ratios(rows)}
 
 
 def cold_start(program: Program, weights: str) -> dict[str, float]:
     """What a start without compile cache tells; writes the initial weights, ends the program."""
-    say(f"{program.name}: first step after {program.first_step_s:.1f} s, nothing compiled")
+    say(f"{program.name}: cold start, first step done after {program.first_step_s:.1f} s")
     loss = program.ask("loss", weights)["loss"]
     program.end()
     return {

@@ -13,11 +13,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
 _TABLE_WIDTH = 130
-# Seconds of a step, its quartiles, an evaluation step, from the start of the process to the end of
-# its first step with an empty and a filled compile cache, and what compilation took of the former.
 COLUMNS = (
-    *("step s", "quartiles", "eval s", "cold s", "warm s", "compile s", "tokens/s", "targets/s"),
+    *("step s", "quartiles", "eval s", "cold s", "compile s", "warm s", "tokens/s", "targets/s"),
     *("peak GiB", "of matmul", "MFU"),
+)
+LEGEND = (
+    "cold, warm: from the start of the process to the end of its first step, compile cache empty "
+    "or filled (compile: its part of cold)\n"
+    "of matmul: FLOP/s over those of this machine's own matrix products; MFU: over the chip's "
+    "published bfloat16 peak, where known"
 )
 
 
@@ -30,7 +34,8 @@ def print_table(result: dict[str, Any]) -> None:
     """One line a program; then the ratios."""
     config = result["config"]
     shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
-    title = f"{result['case']}, {config['objective']}, {shape}, {result['machine']['device']}"
+    case, device = Path(result["case"]).name, result["machine"]["device"]
+    title = f"{case}, {config['objective']}, {shape}, {device}"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("program", no_wrap=True)
     for column in COLUMNS:
@@ -40,6 +45,7 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     console.width = max(console.width, _TABLE_WIDTH)
     console.print(table)
+    console.print(LEGEND, highlight=False)
     for line in ratio_lines(result):
         console.print(line, highlight=False)
 
@@ -51,8 +57,8 @@ def _cells(program: dict[str, Any]) -> list[str]:
         f"{step['q1']:.3g}-{step['q3']:.3g}",
         f"{program['eval']['median']:.3g}",
         _or_dash(program.get("first_step_cold_s"), ".1f"),
-        f"{program['first_step_s']:.1f}",
         _or_dash(program.get("compile_cold_s"), ".1f"),
+        f"{program['first_step_s']:.1f}",
         f"{program['tokens_per_s']:,.0f}",
         f"{program['targets_per_s']:,.0f}",
         f"{program['peak_bytes'] / 2**30:.2f}",
@@ -90,11 +96,12 @@ def plot_programs(result: dict[str, Any], path: Path) -> None:
     ax.barh([p["name"] for p in programs], medians, xerr=errors, color=colors, capsize=3)
     for index, value in enumerate(medians):
         ax.annotate(f" {value:.3g} s", (value, index), (6, 6), textcoords="offset points")
-    ax.set_xlim(0, 1.2 * max(medians))
-    ax.set_xlabel("seconds a training step (median; bar: quartiles)")
+    ax.set_xlim(0, 1.2 * max(p["step"]["q3"] for p in programs))
+    ax.set_xlabel("seconds a training step (bar: median, whisker: quartiles)")
     config = result["config"]
     shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
-    ax.set_title(f"{result['case']}, {config['objective']}, {shape}: {result['machine']['device']}")
+    case, device = Path(result["case"]).name, result["machine"]["device"]
+    ax.set_title(f"{case}, {config['objective']}, {shape}: {device}")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -111,7 +118,7 @@ def plot_sweep(result: dict[str, Any], path: Path) -> None:
     ax.minorticks_off()
     ax.set_xlabel(result["sweep"])
     ax.set_ylabel("seconds a training step")
-    ax.set_title(f"{result['case']}: {result['machine']['device']}")
+    ax.set_title(f"{Path(result['case']).name}: {result['machine']['device']}")
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(path, dpi=110)
