@@ -150,38 +150,60 @@ def weights(config: TrainConfig) -> Errors:
 def operations(config: TrainConfig) -> Errors:
     """Every operation of the forward pass on the same random inputs."""
     pair, c = Pair(config), config.model
-    theirs = pair.torch_model
     B, L, D = config.batch_size, c.seq_len, c.d_model
-    tokens = pair.windows[:, :-1]
-    embedded = pair.params["wte"][tokens] + pair.params["wpe"][:L]
-    yield "embedding", relative(embedded, theirs.embed(torch.from_numpy(tokens)).detach())
-
-    block, torch_block = pair.block_params(0), theirs.blocks[0]
-    for name, scale in (("ln_1", 1.0), ("ln_2", 1e-3)):
-        x, torch_x = (scale * side for side in pair.normal(B, L, D))
-        ours = model.layer_norm(c, None).apply({"params": block[name]}, x)
-        yield name, relative(ours, getattr(torch_block, name)(torch_x).detach())
-
-    x, torch_x = pair.normal(B, L, D)
-    qkv = model.QKV(c).apply({"params": block["attn"]["qkv"]}, x, L)
-    yield "qkv", relative(jnp.concatenate(qkv, -1), torch_block.attn.qkv(torch_x).detach())
-    for name, source in (("fc", torch_block.fc), ("proj", torch_block.attn.proj)):
-        params = block["attn"]["proj"] if name == "proj" else block[name]
-        ours = model.linear(c, "", D, source.out_features).apply({"params": params}, x)
-        yield name, relative(ours, source(torch_x).detach())
-    yield (
-        "gelu",
-        relative(jax.nn.gelu(x, approximate=c.gelu == "tanh"), torch_block.gelu(torch_x).detach()),
-    )
+    theirs, block = pair.torch_model, pair.torch_model.blocks[0]
+    tokens = torch.from_numpy(pair.windows[:, :-1])
+    # layer norm at scale 1e-3, where a wrong epsilon shows
+    inputs = [(scale * x, scale * y) for scale in (1.0, 1e-3) for x, y in [pair.normal(B, L, D)]]
+    (x, torch_x), (small_x, torch_small_x) = inputs
     wide, torch_wide = pair.normal(B, L, 4 * D)
-    ours = model.linear(c, "", 4 * D, D).apply({"params": block["out"]}, wide)
-    yield "out", relative(ours, torch_block.out(torch_wide).detach())
-    ours = model.Attention(c).apply({"params": block["attn"]}, x, L, deterministic=True)
-    yield "attention", relative(ours, torch_block.attn(torch_x).detach())
-    ours = model.Block(c).apply({"params": block}, x, L, deterministic=True)
-    yield "block", relative(ours, torch_block(torch_x).detach())
-    ours = model.Model5(c).apply({"params": pair.params}, x, method="head")
-    yield "head", relative(ours, theirs.logits(torch_x).detach())
+    expected = {
+        "embedding": theirs.embed(tokens),
+        "ln_1": block.ln_1(torch_x),
+        "ln_2": block.ln_2(torch_small_x),
+        "qkv": block.attn.qkv(torch_x),
+        "proj": block.attn.proj(torch_x),
+        "fc": block.fc(torch_x),
+        "gelu": block.gelu(torch_x),
+        "out": block.out(torch_wide),
+        "attention": block.attn(torch_x),
+        "block": block(torch_x),
+        "head": theirs.logits(torch_x),
+    }
+    ours = _operations(pair.params, pair.block_params(0), tokens.numpy(), x, small_x, wide, c)
+    for name, tensor in expected.items():
+        yield name, relative(ours[name], tensor.detach())
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _operations(
+    params: Any,
+    block: Any,
+    tokens: jax.Array,
+    x: jax.Array,
+    small_x: jax.Array,
+    wide: jax.Array,
+    config: ModelConfig,
+) -> dict[str, jax.Array]:
+    c, L = config, x.shape[1]
+    attention = block["attn"]
+
+    def linear(params: Any, x: jax.Array) -> jax.Array:
+        return model.linear(c, "", *params["kernel"].shape).apply({"params": params}, x)
+
+    return {
+        "embedding": params["wte"][tokens] + params["wpe"][:L],
+        "ln_1": model.layer_norm(c, None).apply({"params": block["ln_1"]}, x),
+        "ln_2": model.layer_norm(c, None).apply({"params": block["ln_2"]}, small_x),
+        "qkv": jnp.concatenate(model.QKV(c).apply({"params": attention["qkv"]}, x, L), -1),
+        "proj": linear(attention["proj"], x),
+        "fc": linear(block["fc"], x),
+        "gelu": jax.nn.gelu(x, approximate=c.gelu == "tanh"),
+        "out": linear(block["out"], wide),
+        "attention": model.Attention(c).apply({"params": attention}, x, L, deterministic=True),
+        "block": model.Block(c).apply({"params": block}, x, L, deterministic=True),
+        "head": model.Model5(c).apply({"params": params}, x, method="head"),
+    }
 
 
 def large_mean(config: TrainConfig) -> Errors:

@@ -169,15 +169,15 @@ def test_a_comparison_writes_its_table_json_and_plot(tmp_path, case_file):
     assert matplotlib.image.imread(out / "tiny_final_token.png").shape[2] == 4
 
 
-def test_a_sweep_predicts_and_measures(tmp_path, case_file):
-    arguments = f"--case {case_file} --sweep last_k --rounds 1 --steps 2 --out {tmp_path}".split()
-    code, _, stderr = run(*arguments, module="jax_model5.bench")
-    assert code == 0, stderr
+def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
+    monkeypatch.setitem(cases.SWEEPS, "last_k", (1, 16))
+    arguments = f"--case {case_file} --sweep last_k --rounds 1 --steps 2 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments.split()])
+    bench.main()
     result = json.loads((tmp_path / "tiny_final_token_sweep_last_k.json").read_text())
-    assert [point["value"] for point in result["points"]] == [1, 4, 16]
-    assert [point["flops"]["head"] for point in result["points"]] == sorted(
-        point["flops"]["head"] for point in result["points"]
-    )
+    assert [point["value"] for point in result["points"]] == [1, 16]
+    one, all_positions = (point["flops"]["head"] for point in result["points"])
+    assert 16 * one == all_positions
     assert all(point["predicted_s"] > 0 for point in result["points"])
     assert (tmp_path / "tiny_final_token_sweep_last_k.png").exists()
 
