@@ -14,7 +14,7 @@ from tests.test_step import flags
 from tests.tiny import run, start, tiny, with_optimizer
 
 KILLS = 10
-STEPS = 600
+STEPS = 400
 
 
 def numbers(workdir: Path) -> list[str]:
@@ -25,9 +25,9 @@ def numbers(workdir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory, text_file):
-    """The command line of a run of 600 steps, and the numbers of one that nobody stopped."""
+    """The command line of a run of 400 steps, and the numbers of one that nobody stopped."""
     folder = tmp_path_factory.mktemp("long")
-    config = tiny(folder, text_file, steps=STEPS, checkpoint_every=7, eval_every=20)
+    config = tiny(folder, text_file, steps=STEPS, checkpoint_every=11, eval_every=20)
     code, _, err = run(*flags(config))
     assert code == 0, err
     workdir = Path(config.workdir)
@@ -57,7 +57,7 @@ def test_ten_kills_at_random_moments_change_no_number(tmp_path, long_run):
         if kill in (0, 5):
             time.sleep(dice.uniform(0.2, 4.0))  # wherever that is: imports, compilation, steps
         else:
-            target = len(metrics.read(workdir / "metrics.jsonl")) + dice.randrange(1, 60)
+            target = len(metrics.read(workdir / "metrics.jsonl")) + dice.randrange(1, 40)
             wait_for(lambda t=target: len(metrics.read(workdir / "metrics.jsonl")) >= t, process)
         if kill % 3 == 1:
             wait_for(lambda: is_saving(workdir), process)
