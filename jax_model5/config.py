@@ -1,5 +1,6 @@
 """Frozen dataclasses for one run, their validation, and YAML + command line -> one config."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -9,7 +10,7 @@ import os
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import tyro
 import yaml
@@ -30,6 +31,16 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Options of a command without a run's config; bad ones raise `UserError`."""
+
+    def __init__(self, **fields: Any):
+        super().__init__(**fields, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def _require(holds: bool, field: str, value: object, mend: str) -> None:

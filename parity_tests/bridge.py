@@ -1,5 +1,6 @@
 """Weights, gradients and dropout masks from one framework to the other, by one table."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -127,14 +128,23 @@ def replay_masks(model: torch.nn.Module, masks: Any, config: ModelConfig) -> Non
     On the suffix path JAX's last block has masks of the last N positions only; the positions
     before them cannot reach the loss, so they keep everything.
     """
-    recorded = {name.removesuffix("/keep"): mask for name, mask in flat(masks).items()}
     sites = dict(model.named_modules())
-    sites["drop"].mask = torch.from_numpy(np.array(recorded["drop"]))
     for layer in range(config.n_layers):
+        masks_here = masks_of_block(masks, layer, config.n_layers)
+        sites["drop"].mask = torch.from_numpy(np.array(masks_here["drop"]))
         for ours, theirs in BLOCK_MASKS:
-            is_last = layer == config.n_layers - 1
-            mask = recorded[f"last_block/{ours}"] if is_last else recorded[f"trunk/{ours}"][layer]
-            sites[f"blocks.{layer}.{theirs}"].mask = torch.from_numpy(_pad_positions(mask, config))
+            mask = torch.from_numpy(_pad_positions(masks_here[ours], config))
+            sites[f"blocks.{layer}.{theirs}"].mask = mask
+
+
+def masks_of_block(masks: Any, layer: int, n_layers: int) -> dict[str, np.ndarray]:
+    """The embedding's mask under "drop", and a block's under the names of `BLOCK_MASKS`."""
+    recorded = {name.removesuffix("/keep"): mask for name, mask in flat(masks).items()}
+    own = {}
+    for site, _ in BLOCK_MASKS if layer < n_layers else []:
+        is_last = layer == n_layers - 1
+        own[site] = recorded[f"last_block/{site}"] if is_last else recorded[f"trunk/{site}"][layer]
+    return {"drop": recorded["drop"], **own}
 
 
 def _pad_positions(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -145,15 +155,18 @@ def _pad_positions(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 def record_masks(variables: Any) -> Any:
     """The `masks` collection as one array a site."""
-    return jax.tree.map(_join, variables["masks"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+    join = functools.partial(join_halves, padding=True)
+    return jax.tree.map(join, variables["masks"], is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def _join(sown: tuple[jax.Array, ...]) -> jax.Array:
-    """Attention records one mask for each half of its queries; keys that no query sees are kept."""
+def join_halves(sown: tuple[jax.Array, ...], padding: float) -> jax.Array:
+    """Attention sows one array for each half of its queries; `padding` where no query sees."""
     width = max(mask.shape[-1] for mask in sown)
     padded = [
         jnp.pad(
-            mask, [(0, 0)] * (mask.ndim - 1) + [(0, width - mask.shape[-1])], constant_values=True
+            mask,
+            [(0, 0)] * (mask.ndim - 1) + [(0, width - mask.shape[-1])],
+            constant_values=padding,
         )
         for mask in sown
     ]

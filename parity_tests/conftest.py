@@ -50,6 +50,7 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{rung:25}{dtype:9}{m.error:12.1e}{m.tolerance:12.1e}  {where}"
         )
     if config.stash[CAUGHT]:
-        terminalreporter.section("parity: planted faults, each caught by its rung")
-    for fault, failure in config.stash[CAUGHT]:
-        terminalreporter.write_line(f"{fault.name:34}{failure}")
+        terminalreporter.section("parity: planted faults, each caught by its rung and located")
+    for fault, failure, difference in config.stash[CAUGHT]:
+        terminalreporter.write_line(f"{fault.name:34}{fault.side:9}{failure}")
+        terminalreporter.write_line(f"{'':43}{difference}")

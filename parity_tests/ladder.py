@@ -1,8 +1,9 @@
 """The ladder: eight rungs, each of which measures both models and names what differs most."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +45,8 @@ class Measurement:
     dtype: str
     case: str
     where: str
-    error: float
+    error: float  # ||ours - theirs|| / ||theirs||
+    max_abs: float
 
     @property
     def tolerance(self) -> float:
@@ -77,17 +79,25 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / (scale if scale else 1.0))
 
 
-class Pair:
-    """Both models with the same random weights, and one batch of windows [B, L + 1]."""
+def max_abs(found: Any, expected: Any) -> float:
+    """The largest difference of one element."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape:
+        return np.inf
+    return float(np.max(np.abs(found - expected), initial=0.0))
 
-    def __init__(self, config: TrainConfig, seed: int = 0):
+
+class Pair:
+    """Both models with the same weights (random unless given), and windows [B, L + 1]."""
+
+    def __init__(self, config: TrainConfig, params: Any = None):
         self.config = config
         self.n_layers = config.model.n_layers
         self.dtype = jnp.dtype(config.model.dtype)
         self.key = jax.random.key(config.seed)
-        self.random = np.random.default_rng(seed)
+        self.random = np.random.default_rng(config.seed)
         # Far from the init: biases, scales and every leaf's place matter.
-        self.params = self.random_tree(mean=0.1, std=0.2)
+        self.params = self.random_tree(mean=0.1, std=0.2) if params is None else params
         shape = (config.batch_size, config.model.seq_len + 1)
         self.windows = self.random.integers(0, config.model.vocab_size, shape).astype(np.int32)
         self.torch_model = torch_ref.model.Model5(config.model).to(self.torch_dtype)
@@ -109,6 +119,10 @@ class Pair:
             lambda leaf: jnp.asarray(self.random.normal(mean, std, leaf.shape), self.dtype),
             _shapes(self.config.model),
         )
+
+    def torch_params(self) -> Any:
+        """PyTorch's parameters as a tree of JAX's."""
+        return bridge.from_torch(self.named_parameters(), self.n_layers)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """PyTorch's counterparts of the JAX leaves."""
@@ -133,21 +147,22 @@ def _shapes(config: ModelConfig) -> Any:
 
 # ---- rungs --------------------------------------------------------------------------------------
 
-Errors = Iterator[tuple[str, float]]
+# Each comparison: where, what we have, what PyTorch has (or what must be).
+Comparisons = Iterator[tuple[str, Any, Any]]
 _QKV_BIAS = "attn/qkv/bias"
 
 
-def weights(config: TrainConfig) -> Errors:
+def weights(config: TrainConfig) -> Comparisons:
     """JAX -> PyTorch -> JAX returns every leaf, bit for bit, and nothing else."""
     pair = Pair(config)
     extra = dict(pair.torch_model.named_parameters()).keys() ^ pair.named_parameters().keys()
-    yield f"parameters {sorted(extra)}" if extra else "parameters", float(len(extra))
-    back = bridge.flat(bridge.from_torch(pair.named_parameters(), pair.n_layers))
+    yield f"parameters {sorted(extra)}" if extra else "parameters", len(extra), 0
+    back = bridge.flat(pair.torch_params())
     for name, leaf in bridge.flat(pair.params).items():
-        yield name, float(np.abs(back[name] - leaf).max())
+        yield name, back[name], leaf
 
 
-def operations(config: TrainConfig) -> Errors:
+def operations(config: TrainConfig) -> Comparisons:
     """Every operation of the forward pass on the same random inputs."""
     pair, c = Pair(config), config.model
     B, L, D = config.batch_size, c.seq_len, c.d_model
@@ -172,7 +187,7 @@ def operations(config: TrainConfig) -> Errors:
     }
     ours = _operations(pair.params, pair.block_params(0), tokens.numpy(), x, small_x, wide, c)
     for name, tensor in expected.items():
-        yield name, relative(ours[name], tensor.detach())
+        yield name, ours[name], tensor.detach()
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -206,22 +221,22 @@ def _operations(
     }
 
 
-def large_mean(config: TrainConfig) -> Errors:
+def large_mean(config: TrainConfig) -> Comparisons:
     """Layer norm far from 0, where a one-pass variance E[x^2] - E[x]^2 loses its digits."""
     pair, c = Pair(config), config.model
     x, torch_x = pair.normal(config.batch_size, c.seq_len, c.d_model, mean=300.0)
     ours = model.layer_norm(c, None).apply({"params": pair.params["ln_f"]}, x)
-    yield "ln_f", relative(ours, pair.torch_model.ln_f(torch_x).detach())
+    yield "ln_f", ours, pair.torch_model.ln_f(torch_x).detach()
 
 
-def logits(config: TrainConfig) -> Errors:
+def logits(config: TrainConfig) -> Comparisons:
     """The logits of all positions, and of the last one on the suffix path."""
     pair = Pair(config)
     tokens = pair.windows[:, :-1]
     expected = pair.torch_model(torch.from_numpy(tokens)).detach()
     for name, n in (("logits, all positions", config.model.seq_len), ("logits, last position", 1)):
         ours = _logits(pair.params, tokens, config=config.model, n_last=n)
-        yield name, relative(ours, expected[:, -n:])
+        yield name, ours, expected[:, -n:]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
@@ -229,14 +244,14 @@ def _logits(params: Any, tokens: jax.Array, *, config: ModelConfig, n_last: int)
     return model.Model5(config).apply({"params": params}, tokens, n_last=n_last, deterministic=True)
 
 
-def loss(config: TrainConfig) -> Errors:
+def loss(config: TrainConfig) -> Comparisons:
     """The objective's mean NLL."""
     pair = Pair(config)
     ours, _ = _loss_and_gradients(pair.state(), pair.key, pair.windows, config=config)
-    yield f"{config.objective} loss", relative(ours, _torch_loss(pair).detach())
+    yield f"{config.objective} loss", ours, _torch_loss(pair).detach()
 
 
-def gradients(config: TrainConfig) -> Errors:
+def gradients(config: TrainConfig) -> Comparisons:
     """The gradient of every leaf: ||a - b|| / ||b||; that of the keys' bias is 0 on both sides."""
     pair = Pair(config)
     _, ours = _loss_and_gradients(pair.state(), pair.key, pair.windows, config=config)
@@ -244,11 +259,11 @@ def gradients(config: TrainConfig) -> Errors:
     theirs = {name: tensor.grad for name, tensor in pair.named_parameters().items()}
     expected = bridge.flat(bridge.from_torch(theirs, pair.n_layers))
     for name, leaf in bridge.flat(ours).items():
-        yield name, relative(leaf, expected[name])
+        yield name, leaf, expected[name]
         if name.endswith(_QKV_BIAS):
             keys = [np.split(gradient, 3, axis=-1)[1] for gradient in (leaf, expected[name])]
             norm = np.linalg.norm(expected[name])
-            yield f"{name}, keys", float(np.max([np.linalg.norm(k) for k in keys]) / norm)
+            yield f"{name}, keys", np.stack(keys) / norm, np.zeros((2, *keys[0].shape))
 
 
 _loss_and_gradients = jax.jit(step.loss_and_gradients, static_argnames="config")
@@ -260,13 +275,12 @@ def _torch_loss(pair: Pair) -> torch.Tensor:
     return torch_ref.loss.loss(pair.torch_model(windows[:, :-1]), windows[:, 1:], n)
 
 
-def updates(config: TrainConfig) -> Errors:
+def updates(config: TrainConfig) -> Comparisons:
     """Five updates from shared random gradients: the distance moved, of every leaf."""
     pair = Pair(config)
-    update = optimizer.optimizer(config.optimizer, config.steps)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
-    params, state = pair.params, update.init(pair.params)
+    params, state = pair.params, pair.state().opt_state
     for _ in range(config.steps):
         grads = pair.random_tree(mean=0.0, std=0.1)
         for name, gradient in bridge.to_torch(grads, pair.n_layers).items():
@@ -275,57 +289,74 @@ def updates(config: TrainConfig) -> Errors:
         torch.nn.utils.clip_grad_norm_(pair.torch_model.parameters(), max_norm)
         theirs.step()
         scheduler.step()
-        params, state = _update(grads, state, params, config=config)
-    yield from _moved_errors(pair, params)
+        params, state = update(grads, state, params, config=config)
+    yield from _moved(pair, params)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _update(grads: Any, state: Any, params: Any, *, config: TrainConfig) -> Any:
+def update(grads: Any, state: Any, params: Any, *, config: TrainConfig) -> Any:
     update = optimizer.optimizer(config.optimizer, config.steps)
     changes, state = update.update(grads, state, params)
     return optax.apply_updates(params, changes), state
 
 
-def _moved_errors(pair: Pair, params: Any) -> Errors:
-    """Errors relative to the distance from the start, so that standing still is an error of 1.
-
-    The keys' bias is left out: softmax ignores a constant added to all scores of a query, so its
-    true gradient is 0 (rung 5 measures that), and what moves it is rounding noise divided by eps.
-    """
-    start, moved = bridge.flat(pair.params), bridge.flat(params)
-    expected = bridge.flat(bridge.from_torch(pair.named_parameters(), pair.n_layers))
+def _moved(pair: Pair, params: Any) -> Comparisons:
+    """Errors relative to the distance from the start, so that standing still is an error of 1."""
+    start, ours, theirs = map(without_keys_bias, (pair.params, params, pair.torch_params()))
     for name in start:
-        ours, theirs = moved[name] - start[name], expected[name] - start[name]
+        yield name, ours[name] - start[name], theirs[name] - start[name]
+
+
+def without_keys_bias(params: Any) -> dict[str, np.ndarray]:
+    """Every leaf by its path; of the biases of q, k and v those of q and v.
+
+    Softmax ignores a constant added to all scores of a query, so the true gradient of the keys'
+    bias is 0 (rung 5 measures that), and what moves it is rounding noise divided by Adam's epsilon.
+    """
+    leaves = bridge.flat(params)
+    for name in leaves:
         if name.endswith(_QKV_BIAS):
-            ours, theirs = (np.stack(np.split(bias, 3, axis=-1)[::2]) for bias in (ours, theirs))
-        yield name, relative(ours, theirs)
+            leaves[name] = np.stack(np.split(leaves[name], 3, axis=-1)[::2])
+    return leaves
 
 
-def trajectory(config: TrainConfig) -> Errors:
+def trajectory(config: TrainConfig) -> Comparisons:
     """`config.steps` optimizer steps of both loops; with dropout, on JAX's recorded masks."""
     pair = Pair(config)
+    for index, (ours, theirs) in enumerate(train_both(pair)):
+        for name in theirs.metrics:
+            yield f"{name} of step {index + 1}", ours.metrics[name], theirs.metrics[name]
+    yield from _moved(pair, ours.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One side after a step: its metrics and its parameters."""
+
+    metrics: Mapping[str, Any]
+    params: Any
+
+
+def train_both(pair: Pair) -> Iterator[tuple[Trained, Trained]]:
+    """Steps of both loops on the same batches, and on the same masks where dropout is on."""
+    config = pair.config
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
     state = pair.state()
-    errors: dict[str, list[float]] = {}
     for index in range(config.steps):
         windows = np.roll(pair.windows, index, axis=1)
         if config.model.dropout:
             key = step.dropout_key(pair.key, index, 0)
             masks = _masks(state.params, key, windows, config=config)
             bridge.replay_masks(pair.torch_model, masks, config.model)
-        state, ours = _train_step(state, pair.key, windows, config=config)
+        state, ours = train_step(state, pair.key, windows, config=config)
         expected = torch_ref.step.train_step(
             pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
         )
-        for name in expected:
-            errors.setdefault(name, []).append(relative(ours[name], expected[name]))
-    for name, of_each_step in errors.items():
-        yield name, float(np.max(of_each_step))
-    yield from _moved_errors(pair, state.params)
+        yield Trained(ours, state.params), Trained(expected, pair.torch_params())
 
 
-_train_step = jax.jit(step.train_step, static_argnames="config")
+train_step = jax.jit(step.train_step, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -342,31 +373,33 @@ def _masks(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConf
     return bridge.record_masks(variables)
 
 
-def modes(config: TrainConfig) -> Errors:
+def modes(config: TrainConfig) -> Comparisons:
     """`model.eval()` is `deterministic=True`, also in a model with dropout; train mode is not."""
     pair = Pair(config)
     windows = torch.from_numpy(pair.windows)
     ours = _eval_step(pair.params, pair.windows, config=config)
     pair.torch_model.train()
     expected = torch_ref.step.eval_step(pair.torch_model, windows, config)
-    yield "eval mode: all-token NLL", relative(ours["all_token_nll"], expected["all_token_nll"])
-    yield (
-        "eval mode: final-token NLL",
-        relative(ours["final_token_nll"], expected["final_token_nll"]),
-    )
+    for name in ("all_token_nll", "final_token_nll"):
+        yield f"eval mode: {name}", ours[name], expected[name]
     pair.torch_model.train()
     first, second = (pair.torch_model(windows[:, :-1]).detach() for _ in range(2))
-    yield "train mode: PyTorch drops", float(torch.equal(first, second))
+    yield "train mode: PyTorch drops", torch.equal(first, second), False
     losses = [
-        _loss_and_gradients(pair.state(), jax.random.key(seed), pair.windows, config=config)[0]
-        for seed in range(2)
+        _loss(pair.state(), jax.random.key(seed), pair.windows, config=config) for seed in range(2)
     ]
-    yield "deterministic=False: JAX drops", float(losses[0] == losses[1])
+    yield "deterministic=False: JAX drops", losses[0] == losses[1], False
 
 
 _eval_step = jax.jit(step.eval_step, static_argnames="config")
 
-RUNGS: dict[str, Callable[[TrainConfig], Errors]] = {
+
+@functools.partial(jax.jit, static_argnames="config")
+def _loss(state: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> jax.Array:
+    return step.loss_and_gradients(state, key, windows, config=config)[0]
+
+
+RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
     "1 weights": weights,
     "2 operations": operations,
     "2 layer norm, mean 300": large_mean,
@@ -383,15 +416,25 @@ EXACT = ("1 weights",)
 
 def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
     """Runs one rung at the config's dtype, and at the devices' full float32 precision."""
+    dtype = config.model.dtype
+    with exactly(dtype):
+        try:
+            comparisons = [
+                (where, relative(found, expected), max_abs(found, expected))
+                for where, found, expected in RUNGS[rung](config)
+            ]
+        except bridge.Mismatch as mismatch:
+            comparisons = [(str(mismatch), np.inf, np.inf)]
+    return [Measurement(rung, dtype, case, *comparison) for comparison in comparisons]
+
+
+@contextlib.contextmanager
+def exactly(dtype: str) -> Iterator[None]:
+    """JAX in this dtype, neither side on TF32, PyTorch's own dropout from one seed."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
-    dtype = config.model.dtype
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        try:
-            errors = list(RUNGS[rung](config))
-        except bridge.Mismatch as mismatch:
-            errors = [(str(mismatch), np.inf)]
-    return [Measurement(rung, dtype, case, where, error) for where, error in errors]
+        yield
 
 
 # ---- cases --------------------------------------------------------------------------------------
@@ -475,14 +518,8 @@ def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
     yield "7 trajectory", "accumulated over 3 micro-batches", accumulated
 
 
-def climb(steps: int = 5) -> Measurement | None:
-    """The first float64 measurement on the smallest case that fails: what broke, and where."""
-    clipped = dataclasses.replace(ADAMW, clip_norm=0.5)
-    for rung in RUNGS:
-        rate = 0.1 if rung in ("7 trajectory, dropout", "8 train/eval") else 0.0
-        update = clipped if rung == "6 updates" else ADAMW
-        config = case("float64", steps=steps, dropout=rate, optimizer=update)
-        for measurement in measure(rung, "smallest case", config):
-            if not measurement.passed:
-                return measurement
-    return None
+def smallest(rung: str) -> TrainConfig:
+    """The float64 case that a planted fault must fail."""
+    rate = 0.1 if rung in ("7 trajectory, dropout", "8 train/eval") else 0.0
+    update = dataclasses.replace(ADAMW, clip_norm=0.5) if rung == "6 updates" else ADAMW
+    return case("float64", dropout=rate, optimizer=update)

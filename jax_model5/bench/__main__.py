@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -28,7 +28,7 @@ from jax_model5.bench.rounds import (
     say,
     summary,
 )
-from jax_model5.config import TrainConfig, UserError, one_line_errors
+from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors
 from jax_model5.data import load_corpus
 from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.objectives import n_last
@@ -37,13 +37,8 @@ PEERS = ("course", "tuned")
 _EVALS, _MATMULS = 3, 10
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m jax_model5.bench", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m jax_model5.bench", description=__doc__)
     parser.add_argument(
         "--case", default="small", help="small, model5, or a config file; default small"
     )

@@ -1,0 +1,127 @@
+"""Are both models the same, and if not, where do they part? `python -m parity_tests --help`."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors, parse
+from parity_tests import drift, faults, ladder, page, report
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m parity_tests", description=__doc__)
+    parser.add_argument("--config", help="compare at this config file's shapes; default: tiny ones")
+    devices = "where JAX runs (PyTorch stays on the CPU); default cpu"
+    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], default="cpu", help=devices)
+    parser.add_argument(
+        "--inject", metavar="FAULT", help="plant a fault first; --faults lists them"
+    )
+    parser.add_argument("--faults", action="store_true", help="plant each fault, print the score")
+    parser.add_argument("--drift", type=int, metavar="N", help="also train both for N steps")
+    parser.add_argument("--html", metavar="FILE", help="also write the report as one page")
+    options = parser.parse_args(args)
+    if options.drift is not None and options.drift < 1:
+        raise UserError(f"drift={options.drift}: must be at least 1 step")
+    return options
+
+
+def main() -> int:
+    """0: nothing differs; 1: something does; 2: bad input."""
+    with one_line_errors():
+        options = parse_args(sys.argv[1:])
+        use_device(options.device)
+        configs = [configure(options.config, dtype) for dtype in ladder.DTYPES]
+        fault = fault_named(options.inject)
+    texts, figures = [], []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        texts.append(text)
+
+    drifts = []
+    with fault.plant() if fault else contextlib.nullcontext():
+        rows = [row for config in configs for row in report.rows(config)]
+        say(report.as_text(rows))
+        if options.drift:
+            drifts = [drift.measure(config, options.drift) for config in on_and_off(configs[0])]
+            figures.append(drift.plot(drifts))
+    for each in drifts:
+        say(str(each))
+    if options.faults:
+        for line in score():
+            say(line)
+    difference = next((row for row in rows if not row.passed), None)
+    say(str(difference) if difference else "no operation differs beyond its tolerance")
+    if options.html:
+        with one_line_errors():
+            write_page(options.html, texts, figures)
+    return 1 if difference or not all(each.is_rounding for each in drifts) else 0
+
+
+def score() -> Iterator[str]:
+    """Plants each fault: whether the report sees it, and names the operation that it sits in."""
+    caught = located = 0
+    for fault in faults.FAULTS:
+        with fault.plant():
+            row = report.first_difference(report.default_config("float64"))
+        caught += row is not None
+        located += row is not None and row.operation == fault.operation
+        found = f"{row.operation}: {row.cause}" if row else "NOT CAUGHT"
+        yield f"{fault.name:34}{fault.side:9}{found}"
+    n = len(faults.FAULTS)
+    yield f"{n} faults planted, {caught} caught, {located} located"
+
+
+def write_page(name: str, texts: Sequence[str], figures: Sequence[Any]) -> None:
+    try:
+        page.write(Path(name).expanduser(), texts, figures)
+    except OSError as error:
+        raise UserError(f"html={name!r}: {error.strerror}; name another file") from None
+    print(f"written: {name}")
+
+
+def use_device(name: str) -> None:
+    """JAX on this device, its matrix products in full float32."""
+    jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # the second where no plugin of it is installed
+        raise UserError(f"device={name!r}: JAX finds none here; use --device cpu") from None
+
+
+def configure(path: str | None, dtype: str) -> TrainConfig:
+    """A user's shapes, objective and optimizer; few rows and steps, because each is compared."""
+    if path is None:
+        return report.default_config(dtype)
+    config = parse(["--config", path], "parity_tests")
+    model = dataclasses.replace(config.model, dtype=dtype)
+    return dataclasses.replace(config, model=model, batch_size=2, accumulate=1, steps=5)
+
+
+def on_and_off(config: TrainConfig) -> list[TrainConfig]:
+    """The config without dropout, and with it where it has any."""
+    off = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    return [off, config] if config.model.dropout else [off]
+
+
+def fault_named(name: str | None) -> faults.Fault | None:
+    if name is None:
+        return None
+    by_name = {fault.name: fault for fault in faults.FAULTS}
+    if name not in by_name:
+        nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)
+        raise UserError(
+            f"inject={name!r}: no such fault; did you mean {nearest[0]!r}? --faults lists them"
+        )
+    return by_name[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Bug or rounding? Both frameworks train from one start, and float64 shows what rounding does."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from jax_model5 import step
+from jax_model5.config import TrainConfig
+from parity_tests import ladder
+
+_DISTANCES = {
+    "JAX and PyTorch, float32": ("JAX float32", "PyTorch float32"),
+    "JAX and PyTorch, float64": ("JAX float64", "PyTorch float64"),
+    "JAX, float32 and float64": ("JAX float32", "JAX float64"),
+    "PyTorch, float32 and float64": ("PyTorch float32", "PyTorch float64"),
+}
+
+# Rounding moves the two float32 runs independently, so that they are at most as far apart as both
+# from their float64 runs together; and in float64 everything is 2**-29 of that. A few times more,
+# for chance, is still rounding (measured over 200 steps: 0.6 of the one, 0.8 of the other).
+_MARGIN = 4.0
+_FINER = 2.0**-29  # float64's rounding over float32's
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Distances after each step, of the losses [nats] and of all parameters (relative)."""
+
+    dropout: float
+    loss: dict[str, np.ndarray]
+    parameters: dict[str, np.ndarray]
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether both dtypes' distances are what rounding explains."""
+        return all(
+            np.max(distances[f"JAX and PyTorch, {dtype}"])
+            <= _MARGIN * finer * np.max(band(distances))
+            for distances in (self.loss, self.parameters)
+            for dtype, finer in (("float32", 1.0), ("float64", _FINER))
+        )
+
+    def __str__(self) -> str:
+        last = {name: values[-1] for name, values in self.parameters.items()}
+        verdict = "rounding" if self.is_rounding else "A BUG"
+        return (
+            f"drift over {len(band(self.loss))} steps, dropout {self.dropout:g}: the parameters of "
+            f"JAX and PyTorch are {last['JAX and PyTorch, float32']:.1e} apart in float32 and "
+            f"{last['JAX and PyTorch, float64']:.1e} in float64; rounding alone moves JAX by "
+            f"{last['JAX, float32 and float64']:.1e} and PyTorch by "
+            f"{last['PyTorch, float32 and float64']:.1e}: {verdict}"
+        )
+
+
+def band(distances: dict[str, np.ndarray]) -> np.ndarray:
+    """What rounding alone can do: the sum of both sides' distances from float64."""
+    return distances["JAX, float32 and float64"] + distances["PyTorch, float32 and float64"]
+
+
+def measure(config: TrainConfig, n_steps: int) -> Drift:
+    """N steps of both frameworks, in float32 and in float64 from the same weights and batches."""
+    config = dataclasses.replace(config, steps=n_steps)
+    runs = {dtype: ladder.train_both(_pair(config, dtype)) for dtype in ladder.DTYPES}
+    losses: dict[str, list[float]] = {name: [] for name in _DISTANCES}
+    parameters: dict[str, list[float]] = {name: [] for name in _DISTANCES}
+    for _ in range(n_steps):
+        now = {}
+        for dtype, run in runs.items():
+            with ladder.exactly(dtype):
+                ours, theirs = next(run)
+            now |= {f"JAX {dtype}": _flat(ours), f"PyTorch {dtype}": _flat(theirs)}
+        for name, (a, b) in _DISTANCES.items():
+            losses[name].append(abs(now[a][0] - now[b][0]))
+            parameters[name].append(ladder.relative(now[a][1], now[b][1]))
+    as_arrays = [{k: np.array(v) for k, v in part.items()} for part in (losses, parameters)]
+    return Drift(config.model.dropout, *as_arrays)
+
+
+def _flat(side: ladder.Trained) -> tuple[float, np.ndarray]:
+    """The loss, and all parameters as one vector."""
+    leaves = ladder.without_keys_bias(side.params)
+    vector = np.concatenate([leaves[name].ravel() for name in sorted(leaves)])
+    return float(side.metrics["loss"]), vector
+
+
+def _pair(config: TrainConfig, dtype: str) -> ladder.Pair:
+    """Both models at the course's init, which both dtypes share."""
+    model_config = dataclasses.replace(config.model, dtype=dtype)
+    exact = dataclasses.replace(config.model, dtype="float64")
+    with ladder.exactly("float64"):
+        exact = dataclasses.replace(config, model=exact)
+        params = step.init_state(jax.random.key(config.seed), config=exact).params
+    with ladder.exactly(dtype):
+        params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), params)
+        return ladder.Pair(dataclasses.replace(config, model=model_config), params=params)
+
+
+def plot(drifts: Sequence[Drift]) -> Figure:
+    """Distances after each step, and the band that rounding alone explains."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, len(drifts), sharex=True, sharey="row", squeeze=False)
+    for column, drift in enumerate(drifts):
+        axes[0, column].set_title(f"dropout {drift.dropout:g}")
+        for row, (what, distances) in enumerate(
+            (("loss distance [nats]", drift.loss), ("parameter distance", drift.parameters))
+        ):
+            axis, steps = axes[row, column], np.arange(1, len(band(distances)) + 1)
+            axis.fill_between(
+                steps, band(distances), 1e-18, color="0.85", label="rounding of float32"
+            )
+            for name, color in (("float32", "C0"), ("float64", "C1")):
+                axis.plot(steps, distances[f"JAX and PyTorch, {name}"], color, label=f"{name}")
+            axis.set_yscale("log")
+            axis.set_ylabel(what if column == 0 else "")
+            axis.set_xlabel("optimizer step" if row else "")
+    axes[0, 0].legend(title="JAX and PyTorch")
+    return figure

@@ -1,0 +1,104 @@
+"""The report on the clean tree, its page, its verdict on drift, and bad input."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from parity_tests import __main__ as main
+from parity_tests import drift, faults, ladder, report, taps
+from tests.tiny import run
+
+
+def named(name):
+    return next(fault for fault in faults.FAULTS if fault.name == name)
+
+
+@pytest.mark.parametrize("dtype", ladder.DTYPES)
+def test_no_operation_differs(dtype):
+    rows = list(report.rows(report.default_config(dtype)))
+    assert [str(row) for row in rows if not row.passed] == []
+    compared = {row.what for row in rows}
+    for name in taps.names(2):
+        assert f"{name}, output" in compared
+        assert f"{name}, gradient" in compared or name == "loss"
+
+
+def test_each_fault_is_a_fault_of_its_own():
+    assert len(faults.FAULTS) >= 25
+    assert len({fault.name for fault in faults.FAULTS}) == len(faults.FAULTS)
+    assert {fault.side for fault in faults.FAULTS} == {"JAX", "PyTorch"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("erf for tanh", "in PyTorch, GELU's erf form instead of tanh"),
+        ("erf for tanh in JAX", "in JAX, GELU's erf form instead of tanh"),
+        ("wrong epsilon (Flax's default)", "in JAX, epsilon is 1e-6 instead of 1e-5"),
+        ("unscaled attention", "in PyTorch, scores are not scaled by 1/sqrt(K)"),
+        ("off-by-one mask", "in PyTorch, the mask shows the next token"),
+        ("logits in bfloat16", "PyTorch that departs from its definition: the error is that of"),
+    ],
+)
+def test_the_cause_is_named(fault, cause):
+    with named(fault).plant():
+        assert cause in report.first_difference(report.default_config("float64")).cause
+
+
+def command_line(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["parity_tests", *args])
+    try:
+        code = main.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_a_fault_reads_as_one_line_and_a_page(monkeypatch, capsys, tmp_path):
+    page = tmp_path / "report.html"
+    args = ["--inject", "erf for tanh", "--drift", "3", "--html", str(page)]
+    code, out, _ = command_line(monkeypatch, capsys, *args)
+    assert code == 1
+    assert "first operation that differs: block 0: gelu" in out
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 1
+    assert "block 0: gelu" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--inject", "erf for tan"], "inject='erf for tan': no such fault; did you mean 'erf for"),
+        (["--drift", "0"], "drift=0: must be at least 1"),
+        (["--drift", "x"], "invalid int value"),
+        (["--config", "none.yaml"], "config='none.yaml'"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, args, words):
+    code, out, err = command_line(monkeypatch, capsys, *args)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_no_such_device_is_one_line():
+    code, out, err = run("--device", "gpu", module="parity_tests")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: device='gpu': ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_drift_without_a_fault_is_rounding(rate):
+    config = report.default_config("float64")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=rate))
+    assert drift.measure(config, 10).is_rounding
+
+
+@pytest.mark.parametrize("fault", ["wrong epsilon (Flax's default)", "epsilon inside the root"])
+def test_drift_with_a_fault_is_a_bug(fault):
+    fault = next(f for f in faults.FAULTS if f.name.startswith(fault))
+    config = report.default_config("float64")
+    with fault.plant():
+        assert not drift.measure(config, 10).is_rounding
