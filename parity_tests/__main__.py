@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 
 import jax
 
-from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors, parse
+from jax_model5.config import (
+    ArgumentParser,
+    DataConfig,
+    TrainConfig,
+    UserError,
+    one_line_errors,
+    parse,
+)
 from parity_tests import drift, faults, ladder, page, report
 
 
@@ -73,8 +81,8 @@ def score() -> Iterator[str]:
             row = report.first_difference(report.default_config("float64"))
         caught += row is not None
         located += row is not None and row.operation == fault.operation
-        found = f"{row.operation}: {row.cause}" if row else "NOT CAUGHT"
-        yield f"{fault.name:34}{fault.side:9}{found}"
+        found = f"{row.operation}: {row.cause or row.what}" if row else "NOT CAUGHT"
+        yield f"{fault.name:36}{fault.side:9}{found}"
     n = len(faults.FAULTS)
     yield f"{n} faults planted, {caught} caught, {located} located"
 
@@ -88,8 +96,11 @@ def write_page(name: str, texts: Sequence[str], figures: Sequence[Any]) -> None:
 
 
 def use_device(name: str) -> None:
-    """JAX on this device, its matrix products in full float32."""
+    """JAX on this device, its compiled programs kept for the next time as training's are."""
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(DataConfig().cache_dir).expanduser() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no plugin of it is installed
