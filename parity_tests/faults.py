@@ -51,10 +51,12 @@ def _retraced(plant: Callable[[], AbstractContextManager[Any]]) -> Iterator[None
     """A fault in JAX's side: programs compiled without it, and then with it, are dropped."""
     for forget in (jax.clear_caches, taps.of_jax.cache_clear):
         forget()
-    with plant():
-        yield
-    for forget in (jax.clear_caches, taps.of_jax.cache_clear):
-        forget()
+    try:
+        with plant():
+            yield
+    finally:
+        for forget in (jax.clear_caches, taps.of_jax.cache_clear):
+            forget()
 
 
 @contextlib.contextmanager
@@ -63,10 +65,12 @@ def _updates_retraced(plant: Callable[[], AbstractContextManager[Any]]) -> Itera
     programs = ladder.train_step, ladder.update
     for program in programs:
         program.clear_cache()
-    with plant():
-        yield
-    for program in programs:
-        program.clear_cache()
+    try:
+        with plant():
+            yield
+    finally:
+        for program in programs:
+            program.clear_cache()
 
 
 def _in_optimizer(target: object, name: str, value: object) -> Callable[[], Any]:
@@ -298,7 +302,9 @@ FAULTS = [
             _replace(
                 _TorchModel,
                 "embed",
-                lambda self, x: self.wte(x) * 4 + self.wpe.weight[: x.shape[1]],
+                lambda self, x: (
+                    self.wte(x) * self.config.d_model**0.5 + self.wpe.weight[: x.shape[1]]
+                ),
             ),
         ),
         # layer norm

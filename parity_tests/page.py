@@ -18,7 +18,7 @@ _HEAD = (
 
 def write(path: Path, texts: Sequence[str], figures: Sequence[Figure]) -> None:
     """The verdict, which is the last of the texts, then the others, then the plots."""
-    *others, verdict = texts
+    *others, verdict = texts or ["being measured"]
     parts = [_HEAD, f"<p><b>{html.escape(verdict)}</b></p>"]
     parts += [f"<pre>{_marked(text)}</pre>" for text in others]
     parts += [f'<img alt="drift" src="data:image/png;base64,{_png(f)}">' for f in figures]

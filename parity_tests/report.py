@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,10 @@ def first_difference(config: TrainConfig) -> Row | None:
 def rows(config: TrainConfig) -> Iterator[Row]:
     """Everything, in the order in which a mistake shows: what comes first is to blame."""
     off = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
-    yield from _rung("1 weights", off, "parameters")
+    parameters = list(_rung("1 weights", off, "parameters"))
+    yield from parameters
+    if not all(row.passed for row in parameters):
+        return  # the weights of one side do not fit the other: nothing else can be compared
     yield from _operations(off)
     yield from _rung("2 layer norm, mean 300", off, "ln_f at mean 300")
     yield from _rung("4 loss", off, "loss")
@@ -81,7 +84,7 @@ def _owner(leaf: str) -> str:
     """trunk/attn/qkv/kernel -> trunk: q, k, v"""
     stack, _, path = leaf.rpartition("/")[0].partition("/")
     if not path:
-        return _OWNERS.get(leaf, stack)
+        return _OWNERS.get(leaf, stack or leaf)
     return f"{stack}: {_OWNERS.get(path, path.rpartition('/')[2])}"
 
 
@@ -102,16 +105,21 @@ def _operations(config: TrainConfig) -> Iterator[Row]:
         outputs, gradients, masks = taps.of_jax(config)
         pair = ladder.Pair(config)
         ours, theirs = Side(outputs, gradients), Side(*taps.of_torch(pair, masks))
-    order = [name for name in taps.names(config.model.n_layers) if name in ours.outputs]
+    order = taps.names(config.model.n_layers)
     if not config.model.dropout:
         order.remove("embedding dropout")
+    differs = False
     for name in order:
-        both = _aligned(name, ours.outputs[name], theirs.outputs.get(name), is_gradient=False)
+        both = _aligned(name, ours.outputs.get(name), theirs.outputs.get(name), is_gradient=False)
         row = _row(name, f"{name}, output", config, *both)
-        cause = "" if row.passed else _cause(pair, masks, ours, theirs, name)
-        yield dataclasses.replace(row, cause=cause)
+        if not row.passed and not differs:  # what follows has wrong inputs
+            row = dataclasses.replace(row, cause=_cause(pair, masks, ours, theirs, row))
+            differs = True
+        yield row
     for name in reversed(order[:-1]):  # all but the loss
-        both = _aligned(name, ours.gradients[name], theirs.gradients.get(name), is_gradient=True)
+        both = _aligned(
+            name, ours.gradients.get(name), theirs.gradients.get(name), is_gradient=True
+        )
         culprit = f"{taps.consumer(name, order)}, backward"
         yield _row(culprit, f"{name}, gradient", config, *both)
 
@@ -129,8 +137,8 @@ def _aligned(name: str, ours: Any, theirs: Any, is_gradient: bool) -> tuple[Any,
 
     No gradient may have come from them, so ours are 0 there.
     """
-    if theirs is None:
-        return ours, np.full_like(ours, np.nan)
+    if ours is None or theirs is None:  # a module that is gone, or has another name
+        return np.nan, 0.0
     if not is_gradient:
         return _last(ours, theirs)
     missing = theirs.shape[-2] - ours.shape[-2]
@@ -148,35 +156,39 @@ def _last(a: Any, b: Any) -> tuple[Any, Any]:
 # ---- the likely cause ---------------------------------------------------------------------------
 
 
-def _cause(pair: ladder.Pair, masks: Any, ours: Side, theirs: Side, name: str) -> str:
+def _cause(pair: ladder.Pair, masks: Any, ours: Side, theirs: Side, row: Row) -> str:
     """Which side departs from the operation's definition, and the mistake that it makes."""
-    block, _, operation = name.rpartition(": ")
+    block, _, operation = row.operation.rpartition(": ")
+    found = {"JAX": ours.outputs, "PyTorch": theirs.outputs}
+    missing = [side for side, outputs in found.items() if row.operation not in outputs]
+    if missing:
+        return f"{missing[0]} does not compute it, or under another name"
     inputs = _inputs(pair, masks, ours, block)
     right = spec.SPEC[operation][""](inputs)
-    found = {"JAX": ours.outputs[name], "PyTorch": theirs.outputs.get(name)}
-    wrong = {side: value for side, value in found.items() if not _is(right, value)}
+    values = {side: outputs[row.operation] for side, outputs in found.items()}
+    wrong = [side for side, value in values.items() if not _is(right, value, row.tolerance)]
     if len(wrong) != 1:
-        return "both sides depart from its definition"
-    ((side, value),) = wrong.items()
+        return "both sides depart from its definition" if wrong else "rounding adds up"
+    value = values[wrong[0]]
     for mistake, compute in spec.SPEC[operation].items():
         with contextlib.suppress(ValueError):  # a mistake that cannot be made at these shapes
-            if mistake and _is(compute(inputs), value):
-                return f"in {side}, {mistake}"
-    return f"it is {side} that departs from its definition{_kind_of_error(value, right)}"
+            if mistake and _is(compute(inputs), value, row.tolerance):
+                return f"in {wrong[0]}, {mistake}"
+    return f"it is {wrong[0]} that departs from its definition{_kind_of_error(value, right)}"
 
 
-def _is(value: Any, found: Any) -> bool:
-    return found is not None and ladder.relative(*_last(found, value)) <= 1e-10
+def _is(value: Any, found: Any, tolerance: float) -> bool:
+    return ladder.relative(*_last(found, value)) <= tolerance
 
 
 def _kind_of_error(value: Any, right: Any) -> str:
-    if value is None or value.shape[-1] != right.shape[-1]:
-        return ": it has another shape, or is not computed at all"
+    if value.shape[-1] != right.shape[-1]:
+        return ": it has another shape"
     if not np.isfinite(value).all():
         return ": it is not finite"
     value, right = _last(value, right)
     factor = float(np.vdot(value, right) / np.vdot(right, right))
-    if _is(factor * right, value):
+    if _is(factor * right, value, 1e-10):
         return f" by a factor of {factor:.6g}"
     error = ladder.relative(value, right)
     named = [dtype for low, high, dtype in _ROUNDING if low < error < high]
@@ -192,17 +204,22 @@ def _inputs(pair: ladder.Pair, masks: Any, ours: Side, block: str) -> spec.Input
     n_layers = pair.n_layers
     layer = int(block.removeprefix("block ")) if block else n_layers
     prefix = f"{block}: " if block else ""
+    before = f"block {layer - 1}: MLP residual"
     start = "embedding dropout" if pair.config.model.dropout else "embedding"
     root = {name: pair.params[name] for name in ("wte", "wpe", "ln_f")}
+
+    def exact(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}
+
     return spec.Inputs(
         config=pair.config.model,
         tokens_BxL=pair.windows[:, :-1],
         targets_BxL=pair.windows[:, 1:],
-        values={name.removeprefix(prefix): value for name, value in ours.outputs.items()},
-        block=bridge.flat(pair.block_params(layer)) if block else {},
-        root=bridge.flat(root),
+        values=exact({name.removeprefix(prefix): v for name, v in ours.outputs.items()}),
+        block=exact(bridge.flat(pair.block_params(layer))) if block else {},
+        root=exact(bridge.flat(root)),
         keep=bridge.masks_of_block(masks, layer, n_layers) if pair.config.model.dropout else {},
-        x_BxLxD=ours.outputs.get(f"block {layer - 1}: MLP residual", ours.outputs[start]),
+        x_BxLxD=ours.outputs.get(before, ours.outputs[start]).astype(np.float64),
     )
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import sys
 
+import jax
 import pytest
+import torch
 
 from parity_tests import __main__ as main
 from parity_tests import drift, faults, ladder, report, taps
@@ -22,6 +24,20 @@ def test_no_operation_differs(dtype):
     for name in taps.names(2):
         assert f"{name}, output" in compared
         assert f"{name}, gradient" in compared or name == "loss"
+
+
+def test_no_operation_differs_at_a_users_config(monkeypatch, capsys, tmp_path):
+    """One layer, the last token only, no dropout: nothing that the default shapes need."""
+    path = tmp_path / "config.yaml"
+    path.write_text("{model: {vocab_size: 61, seq_len: 8, d_model: 16, n_layers: 1, dropout: 0.0}}")
+    code, out, _ = command_line(monkeypatch, capsys, "--config", str(path))
+    assert (code, out.splitlines()[-1]) == (0, "no operation differs beyond its tolerance")
+
+
+def test_a_missing_parameter_is_one_line(monkeypatch, capsys):
+    code, out, _ = command_line(monkeypatch, capsys, "--inject", "missing bias", "--drift", "2")
+    assert code == 1
+    assert "first operation that differs: parameters" in out.splitlines()[-1]
 
 
 def test_each_fault_is_a_fault_of_its_own():
@@ -47,6 +63,7 @@ def test_the_cause_is_named(fault, cause):
 
 
 def command_line(monkeypatch, capsys, *args):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setattr(sys, "argv", ["parity_tests", *args])
     try:
         code = main.main()
@@ -73,6 +90,7 @@ def test_a_fault_reads_as_one_line_and_a_page(monkeypatch, capsys, tmp_path):
         (["--drift", "0"], "drift=0: must be at least 1"),
         (["--drift", "x"], "invalid int value"),
         (["--config", "none.yaml"], "config='none.yaml'"),
+        (["--html", "/none/report.html"], "html='/none/report.html'"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, args, words):
@@ -98,7 +116,16 @@ def test_drift_without_a_fault_is_rounding(rate):
 
 @pytest.mark.parametrize("fault", ["wrong epsilon (Flax's default)", "epsilon inside the root"])
 def test_drift_with_a_fault_is_a_bug(fault):
-    fault = next(f for f in faults.FAULTS if f.name.startswith(fault))
-    config = report.default_config("float64")
-    with fault.plant():
-        assert not drift.measure(config, 10).is_rounding
+    with named(fault).plant():
+        assert not drift.measure(report.default_config("float64"), 10).is_rounding
+
+
+def test_drift_of_one_side_in_float32_is_a_bug(monkeypatch):
+    """What TF32 does: float64 agrees, and only one side's own rounding is too large."""
+    right = torch.nn.Linear.forward
+
+    def in_bfloat16(self, x):
+        return right(self, x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", in_bfloat16)
+    assert not drift.measure(report.default_config("float64"), 10).is_rounding
