@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import os
 import sys
@@ -18,20 +17,18 @@ from jax_model5.config import (
     TrainConfig,
     UserError,
     one_line_errors,
-    parse,
 )
 from parity_tests import drift, faults, ladder, page, report
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m parity_tests", description=__doc__)
-    parser.add_argument("--config", help="compare at this config file's shapes; default: tiny ones")
     devices = "where JAX runs (PyTorch stays on the CPU); default cpu"
     parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], default="cpu", help=devices)
     parser.add_argument(
         "--inject", metavar="FAULT", help="plant a fault first; --faults lists them"
     )
-    parser.add_argument("--faults", action="store_true", help="plant each at the default shapes")
+    parser.add_argument("--faults", action="store_true", help="plant each, say what is caught")
     parser.add_argument("--drift", type=int, metavar="N", help="also train both for N steps")
     parser.add_argument("--html", metavar="FILE", help="also write the report as one page")
     options = parser.parse_args(args)
@@ -45,7 +42,7 @@ def main() -> int:
     with one_line_errors():
         options = parse_args(sys.argv[1:])
         use_device(options.device)
-        configs = [configure(options.config, dtype) for dtype in ladder.DTYPES]
+        configs = [report.default_config(dtype) for dtype in ladder.DTYPES]
         fault = fault_named(options.inject)
         if options.html:
             write_page(options.html, [], [])  # not after minutes of work
@@ -64,7 +61,7 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
     say(report.as_text(rows))
     verdicts = [str(row) for row in rows if not row.passed][:1]
     if options.drift and not any(row.operation == "parameters" and not row.passed for row in rows):
-        drifts = [drift.measure(config, options.drift) for config in on_and_off(configs[0])]
+        drifts = [drift.measure(configs[0], options.drift, dropout) for dropout in (0.0, 0.1)]
         figures.append(drift.plot(drifts))
         for each in drifts:
             say(str(each))
@@ -79,7 +76,7 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
 
 
 def score(say: Callable[[str], None]) -> Iterator[str]:
-    """Plants each fault at the default shapes; yields those not caught, or not located."""
+    """Plants each fault; yields those not caught, or not located."""
     located = 0
     for fault in faults.FAULTS:
         with fault.plant():
@@ -110,21 +107,6 @@ def use_device(name: str) -> None:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no plugin of it is installed
         raise UserError(f"device={name!r}: JAX finds none here; use --device cpu") from None
-
-
-def configure(path: str | None, dtype: str) -> TrainConfig:
-    """A user's shapes, objective and optimizer; few rows and steps, because each is compared."""
-    if path is None:
-        return report.default_config(dtype)
-    config = parse(["--config", path], "parity_tests")
-    model = dataclasses.replace(config.model, dtype=dtype)
-    return dataclasses.replace(config, model=model, batch_size=2, accumulate=1, steps=5)
-
-
-def on_and_off(config: TrainConfig) -> list[TrainConfig]:
-    """The config without dropout, and with it where it has any."""
-    off = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
-    return [off, config] if config.model.dropout else [off]
 
 
 def fault_named(name: str | None) -> faults.Fault | None:

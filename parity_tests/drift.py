@@ -65,9 +65,10 @@ def band(distances: dict[str, np.ndarray]) -> np.ndarray:
     return distances["JAX, float32 and float64"] + distances["PyTorch, float32 and float64"]
 
 
-def measure(config: TrainConfig, n_steps: int) -> Drift:
+def measure(config: TrainConfig, n_steps: int, dropout: float) -> Drift:
     """N steps of both frameworks, in float32 and in float64 from the same weights and batches."""
-    config = dataclasses.replace(config, steps=n_steps)
+    model = dataclasses.replace(config.model, dropout=dropout)
+    config = dataclasses.replace(config, model=model, steps=n_steps)
     runs = {dtype: ladder.train_both(_pair(config, dtype)) for dtype in ladder.DTYPES}
     losses: dict[str, list[float]] = {name: [] for name in _DISTANCES}
     parameters: dict[str, list[float]] = {name: [] for name in _DISTANCES}
