@@ -228,17 +228,13 @@ def _attend(scale=1.0, offset=True, through_v=True):
 _gelu, _nll, _adamw = jax.nn.gelu, objectives.nll, optax.adamw
 
 
-def _flax_method(method):
-    """As Flax wraps the methods of a module's class."""
-    return flax.linen.module.wrap_method_once(method)
-
-
-@_flax_method
+# Wrapped as Flax wraps the methods of a module's class, which it knows by their names.
+@flax.linen.module.wrap_method_once
 def head(self, x):
     return x @ self.wte_VxD.T / self.config.d_model
 
 
-@_flax_method
+@flax.linen.module.wrap_method_once
 @flax.linen.compact
 def __call__(self, x, *, deterministic):
     if deterministic or self.rate == 0:

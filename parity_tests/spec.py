@@ -153,15 +153,12 @@ def _norm(name: str, source: Callable[[Inputs], Array], root: bool = False) -> d
 
 
 def _linear(name: str, source: str) -> dict[str, Callable]:
-    def transposed(i: Inputs) -> Array:
-        kernel = i.block[f"{name}/kernel"].T
-        is_square = kernel.shape[0] == kernel.shape[1]
-        return i.values[source] @ (kernel if is_square else kernel.T) + i.block[f"{name}/bias"]
-
     return {
         "": lambda i: linear(i.values[source], i.block, name),
         "the bias is missing": lambda i: i.values[source] @ i.block[f"{name}/kernel"],
-        "the kernel is transposed": transposed,
+        "the kernel is transposed": lambda i: (
+            i.values[source] @ i.block[f"{name}/kernel"].T + i.block[f"{name}/bias"]
+        ),
     }
 
 

@@ -218,7 +218,7 @@ def _hook(root: torch.nn.Module, name: str, path: str, end: Any, tensors: dict) 
 
 
 def _weights(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: Any) -> Any:
-    """What the module itself multiplies v by: its result for v = 1, whatever its kernel.
+    """What the module itself multiplies v by: its result for v = identity.
 
     The weights' gradient is that of y times v^T: they are not in the graph of the loss.
     """
