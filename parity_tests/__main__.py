@@ -80,7 +80,7 @@ def score(say: Callable[[str], None]) -> Iterator[str]:
     located = 0
     for fault in faults.FAULTS:
         with fault.plant():
-            row = report.first_difference(report.default_config("float64"))
+            row = report.first_difference(fault.marked(report.default_config("float64")))
         found = f"{row.operation}: {row.cause or row.what}" if row else "NOT CAUGHT"
         say(f"{fault.name:36}{fault.side:9}{found}")
         if row and row.operation == fault.operation:

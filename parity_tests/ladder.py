@@ -185,7 +185,7 @@ def operations(config: TrainConfig) -> Comparisons:
         "block": block(torch_x),
         "head": theirs.logits(torch_x),
     }
-    ours = _operations(pair.params, pair.block_params(0), tokens.numpy(), x, small_x, wide, c)
+    ours = _operations(pair.params, pair.block_params(0), tokens.numpy(), x, small_x, wide, config)
     for name, tensor in expected.items():
         yield name, ours[name], tensor.detach()
 
@@ -198,9 +198,9 @@ def _operations(
     x: jax.Array,
     small_x: jax.Array,
     wide: jax.Array,
-    config: ModelConfig,
+    config: TrainConfig,
 ) -> dict[str, jax.Array]:
-    c, L = config, x.shape[1]
+    c, L = config.model, x.shape[1]
     attention = block["attn"]
 
     def linear(params: Any, x: jax.Array) -> jax.Array:
@@ -235,13 +235,15 @@ def logits(config: TrainConfig) -> Comparisons:
     tokens = pair.windows[:, :-1]
     expected = pair.torch_model(torch.from_numpy(tokens)).detach()
     for name, n in (("logits, all positions", config.model.seq_len), ("logits, last position", 1)):
-        ours = _logits(pair.params, tokens, config=config.model, n_last=n)
+        ours = _logits(pair.params, tokens, config=config, n_last=n)
         yield name, ours, expected[:, -n:]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
-def _logits(params: Any, tokens: jax.Array, *, config: ModelConfig, n_last: int) -> Any:
-    return model.Model5(config).apply({"params": params}, tokens, n_last=n_last, deterministic=True)
+def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int) -> Any:
+    return model.Model5(config.model).apply(
+        {"params": params}, tokens, n_last=n_last, deterministic=True
+    )
 
 
 def loss(config: TrainConfig) -> Comparisons:

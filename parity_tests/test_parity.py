@@ -20,9 +20,10 @@ def test_rung(rung, case, config, measurements):
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
 def test_fault_is_caught(fault, caught):
     """Rung 9: each fault fails the rung that should catch it, and the report names its place."""
-    config = report.default_config("float64")
+    config = fault.marked(report.default_config("float64"))
+    smallest = fault.marked(ladder.smallest(fault.rung))
     with fault.plant():
-        results = ladder.measure(fault.rung, "smallest case", ladder.smallest(fault.rung))
+        results = ladder.measure(fault.rung, "smallest case", smallest)
         difference = report.first_difference(config)
     failures = [result for result in results if not result.passed]
     assert failures, f"rung {fault.rung} did not notice: {fault.name}"

@@ -55,8 +55,10 @@ def test_each_fault_is_a_fault_of_its_own():
     ],
 )
 def test_the_cause_is_named(fault, cause):
-    with named(fault).plant():
-        assert cause in report.first_difference(report.default_config("float64")).cause
+    fault = named(fault)
+    with fault.plant():
+        row = report.first_difference(fault.marked(report.default_config("float64")))
+    assert cause in row.cause
 
 
 def command_line(monkeypatch, capsys, *args):
@@ -110,8 +112,10 @@ def test_drift_without_a_fault_is_rounding(rate):
 
 @pytest.mark.parametrize("fault", ["wrong epsilon (Flax's default)", "epsilon inside the root"])
 def test_drift_with_a_fault_is_a_bug(fault):
-    with named(fault).plant():
-        assert not drift.measure(report.default_config("float64"), 10, 0.1).is_rounding
+    fault = named(fault)
+    with fault.plant():
+        config = fault.marked(report.default_config("float64"))
+        assert not drift.measure(config, 10, 0.1).is_rounding
 
 
 def test_drift_of_one_side_in_float32_is_a_bug(monkeypatch):
