@@ -5,7 +5,7 @@ import dataclasses
 import importlib.metadata
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,44 +83,22 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint belongs to another config, text or shape; all are damaged.
         """
-        damaged: list[int] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-                _require_same_run(meta, config, fingerprint)
-                state = self._restore_state(step, abstract_state, meta["checksums"])
-            except UserError:
-                raise
-            except Exception as error:  # Orbax and tensorstore raise many kinds
-                reason = str(error).split("\n")[0][:120]
-                print(f"checkpoint {step} is damaged ({reason})", file=sys.stderr)
-                damaged.append(step)
-                continue
-            _note_versions(meta)
-            self._move_aside(damaged, step)
-            return state
-        if damaged:
-            raise UserError(
-                f"workdir={config.workdir!r}: none of its checkpoints {damaged} can be read; move "
-                f"{self.folder} away to start from step 0"
-            )
-        return None
-
-    def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    def _restore_state(
-        self, step: int, abstract_state: TrainState, checksums: dict[str, int]
-    ) -> TrainState:
         abstract = flax.serialization.to_state_dict(abstract_state)
-        # Orbax casts a wrong dtype without a word, so compare before it reads.
-        stored = self._manager.item_metadata(step).state.tree
-        _require_same_shapes(stored, abstract)
-        tree = self._read(step, state=ocp.args.StandardRestore(abstract)).state
-        found = _checksums(tree)
-        wrong = [leaf for leaf in checksums if found[leaf] != checksums[leaf]]
-        if wrong:
-            raise ValueError(f"the bits of {', '.join(wrong[:3])} changed on disk")
+
+        def read(saved: ocp.CheckpointManager, step: int) -> tuple[dict, dict[str, Any]]:
+            meta = _read_meta(saved, step)
+            _require_same_run(meta, config, fingerprint)
+            return _read_state(saved, step, abstract, meta), meta
+
+        newest, damaged = _newest_whole(self.folder, read)
+        if newest is None:
+            if damaged:
+                mend = f"move {self.folder} away to start from step 0"
+                raise _all_damaged("workdir", config.workdir, damaged, mend)
+            return None
+        tree, meta = newest
+        _note_versions(meta)
+        self._move_aside(damaged, int(tree["step"]))
         return flax.serialization.from_state_dict(abstract_state, tree)
 
     def _move_aside(self, damaged: list[int], restored: int) -> None:
@@ -146,11 +124,85 @@ class Checkpoints:
             ) from None
 
 
+def read_params(
+    workdir: str, abstract: dict, field: str = "workdir", step: int | None = None
+) -> dict:
+    """Some or all parameters of a run's newest whole checkpoint, on the devices of `abstract`.
+
+    With `step` that step's instead. The run's folder is only read, also while the run goes on.
+
+    Raises:
+      UserError: no checkpoint, only damaged ones, or a leaf of another shape; `field` is the
+        key that `workdir` was given by.
+    """
+    folder = Path(workdir).expanduser() / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{field}={workdir!r}: holds no checkpoints/; name the folder of a run")
+
+    def read(saved: ocp.CheckpointManager, step: int) -> dict:
+        return _read_state(saved, step, {"params": abstract}, _read_meta(saved, step))
+
+    newest, damaged = _newest_whole(folder, read, step)
+    if newest is None and damaged:
+        raise _all_damaged(field, workdir, damaged, "name another run")
+    if newest is None:
+        raise UserError(f"{field}={workdir!r}: has saved no checkpoint yet; name another run")
+    return newest["params"]
+
+
+def _newest_whole(
+    folder: Path, read: Callable[[ocp.CheckpointManager, int], Any], only: int | None = None
+) -> tuple[Any, list[int]]:
+    """What `read` makes of the newest step that is not damaged, if any; and the damaged ones."""
+    damaged: list[int] = []
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options) as saved:
+        for step in sorted(saved.all_steps(), reverse=True):
+            if only not in (None, step):
+                continue
+            try:
+                return read(saved, step), damaged
+            except UserError:
+                raise
+            except Exception as error:  # Orbax and tensorstore raise many kinds
+                reason = str(error).split("\n")[0][:120]
+                print(f"checkpoint {step} is damaged ({reason})", file=sys.stderr)
+                damaged.append(step)
+    return None, damaged
+
+
+def _all_damaged(field: str, workdir: str, damaged: list[int], mend: str) -> UserError:
+    return UserError(f"{field}={workdir!r}: none of its checkpoints {damaged} can be read; {mend}")
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def _read_state(
+    manager: ocp.CheckpointManager, step: int, abstract: dict, meta: dict[str, Any]
+) -> dict:
+    """The leaves of `abstract`, which may be a part of the state; ValueError where bits changed."""
+    # Orbax casts a wrong dtype without a word, so compare before it reads.
+    found, wanted = _leaves(manager.item_metadata(step).state.tree), _leaves(abstract)
+    if "opt_state" not in abstract:
+        found = {name: leaf for name, leaf in found.items() if name in wanted}
+    _require_same_shapes(found, wanted)
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    restore = ocp.args.PyTreeRestore(abstract, arguments, partial_restore=True)
+    tree = manager.restore(step, args=ocp.args.Composite(state=restore)).state
+    sums = _checksums(tree)
+    wrong = [leaf for leaf in sums if sums[leaf] != meta["checksums"][leaf]]
+    if wrong:
+        raise ValueError(f"the bits of {', '.join(wrong[:3])} changed on disk")
+    return tree
+
+
 def config_changes(stored: dict[str, Any], config: TrainConfig) -> list[str]:
     """Fields that would change the numbers, as "model.d_model: 128 -> 256"."""
-    before = {
-        ".".join(path): value for path, value in flax.traverse_util.flatten_dict(stored).items()
-    }
+    # A field that is younger than the checkpoint had its default.
+    before = flatten(TrainConfig()) | flax.traverse_util.flatten_dict(stored, sep=".")
     now = flatten(config)
     free = set(FREE_FIELDS)
     if config.optimizer.schedule == "constant":
@@ -174,9 +226,7 @@ def _require_same_run(meta: dict[str, Any], config: TrainConfig, fingerprint: st
         )
 
 
-def _require_same_shapes(stored: Any, abstract: Any) -> None:
-    found, wanted = _leaves(stored), _leaves(abstract)
-
+def _require_same_shapes(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     def kind(leaf: Any) -> str:
         return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 

@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn
 import tyro
 import yaml
 
+DROPOUT_SITES = "embedding attention attention_output mlp"
+
 
 class UserError(Exception):
     """Bad input. The message is the one line that names the field, the value and the mend."""
@@ -63,7 +65,9 @@ class ModelConfig:
     n_layers: int = 4
     """Transformer blocks [blocks]."""
     dropout: float = 0.1
-    """Dropout rate at all four kinds of site [probability, 0 <= rate < 1]."""
+    """Dropout rate at the sites of dropout_sites [probability, 0 <= rate < 1]."""
+    dropout_sites: str = DROPOUT_SITES
+    """Which sites drop: any of embedding, attention (its weights), attention_output, mlp."""
     scale_logits: bool = True
     """Divide the logits by sqrt(d_model): True in Model 5, False for GPT-2 weights."""
     gelu: Literal["tanh", "erf"] = "tanh"
@@ -84,7 +88,14 @@ class ModelConfig:
         mend = f"must divide model.d_model={self.d_model}"
         _require(divides, "model.n_heads", self.n_heads, mend)
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        unknown = set(self.dropout_sites.split()) - set(DROPOUT_SITES.split())
+        mend = f"use any of {DROPOUT_SITES}"
+        _require(not unknown, "model.dropout_sites", self.dropout_sites, mend)
         self._check_init()
+
+    def dropout_at(self, site: str) -> float:
+        """The rate of one kind of site (course lesson 017)."""
+        return self.dropout if site in self.dropout_sites.split() else 0.0
 
     def _check_init(self) -> None:
         name, _, std = self.init.partition(":")
@@ -144,6 +155,8 @@ class OptimizerConfig:
     """Steps of linear warm-up from 0 [steps]."""
     clip_norm: float = 0.0
     """Clip the global gradient norm to this; 0: no clipping [gradient units]."""
+    freeze: str = ""
+    """Parameters that never move: paths such as "wte trunk/attn/*", separated by spaces."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay", "eps", "clip_norm"):
@@ -197,6 +210,10 @@ class TrainConfig:
     """The one seed of weights, batches and dropout [integer >= 0]."""
     prng: Literal["threefry2x32", "rbg", "unsafe_rbg"] = "threefry2x32"
     """Random bits of init and dropout; rbg is faster on TPU."""
+    init_from: str = ""
+    """Folder of a run or of imported weights that the initial weights come from; none: drawn."""
+    init_leaves: str = "*"
+    """Parameters taken from init_from: paths such as "wte wpe", separated by spaces."""
     workdir: str = "runs/quickstart"
     """The only folder that the run writes its results into."""
     model: ModelConfig = ModelConfig()
@@ -277,6 +294,14 @@ def parse(args: Sequence[str], prog: str) -> TrainConfig:
             except SystemExit:
                 raise UserError(f"{key}={settings[key]!r}: expected {_expected(key)}") from None
         raise
+
+
+def config_of_run(workdir: str, prog: str) -> TrainConfig:
+    """The resolved config that a run wrote into its folder. Raises UserError where it is none."""
+    path = os.path.join(os.path.expanduser(workdir), "config.yaml")
+    if not os.path.isfile(path):
+        raise UserError(f"workdir={workdir!r}: holds no config.yaml; name the folder of a run")
+    return parse(["--config", path], prog)
 
 
 def _tyro(args: list[str], prog: str) -> TrainConfig:

@@ -1,37 +1,287 @@
-"""Sampling text from a trained model by running the window forward again for each token."""
+"""Sampling text from a trained model with a KV cache; `python -m jax_model5.generate`."""
 
+import argparse
+import codecs
+import dataclasses
 import functools
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import tiktoken
 
-from jax_model5.config import ModelConfig
+from jax_model5 import tokenizer
+from jax_model5.checkpoint import read_params
+from jax_model5.config import (
+    ArgumentParser,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    config_of_run,
+    one_line_errors,
+)
 from jax_model5.model import Model5
+from jax_model5.sharding import set_up_jax
+from jax_model5.step import SAMPLE, abstract_params
 
 
-@functools.partial(jax.jit, static_argnames=("config", "n_tokens"))
-def continue_windows(
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from its logits z: p_i ~ exp(z_i / temperature)."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all of them [tokens]."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that reach this probability together (Holtzman et al. 2020)."""
+    greedy: bool = False
+    """The likeliest token, nothing drawn."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(
+                f"temperature={self.temperature:g}: must be above 0 and finite; --greedy takes the "
+                "likeliest token"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p:g}: must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
+
+
+# ---- one token ----------------------------------------------------------------------------------
+
+
+def allowed_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits / temperature, and -inf for the tokens that top_k and top_p exclude, in this order."""
+    logits_BxV = logits_BxV / sampling.temperature
+    if 0 < sampling.top_k < logits_BxV.shape[1]:
+        least_Bx1 = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
+        logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)
+    if sampling.top_p < 1:
+        sorted_BxV = jnp.sort(logits_BxV, descending=True)
+        p_BxV = jax.nn.softmax(sorted_BxV)
+        before_BxV = jnp.cumsum(p_BxV, axis=1) - p_BxV  # the likeliest token always stays
+        kept_BxV = jnp.where(before_BxV < sampling.top_p, sorted_BxV, jnp.inf)
+        logits_BxV = jnp.where(logits_BxV < kept_BxV.min(1, keepdims=True), -jnp.inf, logits_BxV)
+    return logits_BxV
+
+
+def draw(key: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token of each row, tokens_B. A row's draw does not depend on the other rows."""
+    if sampling.greedy:
+        return logits_BxV.argmax(axis=1)
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits_BxV)))
+    return jax.vmap(jax.random.categorical)(keys_B, allowed_logits(logits_BxV, sampling))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"))
+def prefill(
     params: dict,
     key: jax.Array,
     tokens_BxL: jax.Array,
+    lengths_B: jax.Array,
     *,
     config: ModelConfig,
-    n_tokens: int,
-    temperature: float,
-) -> jax.Array:
-    """Samples n_tokens after each full window, from softmax(logits / temperature), by re-forward.
+    sampling: Sampling,
+) -> tuple[jax.Array, Any]:
+    """The token that follows each row's first `lengths_B`, and the KV cache, in one pass."""
+    start_B = jnp.zeros_like(lengths_B)
+    x_BxLxD, cache = _extend({"params": params}, tokens_BxL, start_B, config)
+    last_Bx1xD = jnp.take_along_axis(x_BxLxD, lengths_B[:, None, None] - 1, axis=1)
+    return draw(key, _logits(params, last_Bx1xD, config), sampling), cache
 
-    The window slides, so that every token comes from the last position: the one position that the
-    final-token objective trains. Returns the new tokens [B, n_tokens].
-    """
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
+def decode(
+    params: dict,
+    cache: Any,
+    key: jax.Array,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+) -> tuple[jax.Array, Any]:
+    """The token that follows `token_B`, which stands at `position_B`, and the longer cache."""
+    variables = {"params": params, "cache": cache}
+    x_Bx1xD, cache = _extend(variables, token_B[:, None], position_B, config)
+    return draw(key, _logits(params, x_Bx1xD, config), sampling), cache
+
+
+def _extend(
+    variables: dict, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, Any]:
     apply: Callable[..., Any] = Model5(config).apply
+    x_BxTxD, changed = apply(variables, tokens_BxT, start_B, method="extend", mutable=["cache"])
+    return x_BxTxD, changed["cache"]
 
-    def next_token(tokens_BxL: jax.Array, step_key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_Bx1xV = apply({"params": params}, tokens_BxL, n_last=1, deterministic=True)
-        token_B = jax.random.categorical(step_key, logits_Bx1xV[:, 0] / temperature)
-        return jnp.concatenate([tokens_BxL[:, 1:], token_B[:, None]], axis=1), token_B
 
-    _, tokens_nxB = jax.lax.scan(next_token, tokens_BxL, jax.random.split(key, n_tokens))
-    return tokens_nxB.T
+def _logits(params: dict, x_Bx1xD: jax.Array, config: ModelConfig) -> jax.Array:
+    apply: Callable[..., Any] = Model5(config).apply
+    return apply({"params": params}, x_Bx1xD, method="head")[:, 0]
+
+
+# ---- many tokens --------------------------------------------------------------------------------
+
+
+def generate(
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    n_tokens: int,
+    end: int = -1,
+) -> Iterator[np.ndarray]:
+    """Yields tokens_B, the next token of each prompt, at most n_tokens times.
+
+    Prompts may differ in length. A row that has drawn `end` goes on with it; when all have, it
+    stops. A row longer than the window goes on from its last L tokens. Their positions change with
+    every token then, so that no cached key stays true: the window is run forward again, and every
+    token comes from the last position, the one that the final-token objective trains.
+    """
+    rows, cache = [list(prompt) for prompt in prompts], None
+    is_done_B = np.zeros(len(rows), bool)
+    key = jax.random.fold_in(key, SAMPLE)
+    how = {"config": config, "sampling": sampling}
+    for index in range(n_tokens):
+        step_key = jax.random.fold_in(key, index)
+        lengths_B = np.array([len(row) for row in rows], np.int32)
+        if cache is None or lengths_B.max() > config.seq_len:
+            tokens_BxL, lengths_B = _windows(rows, config.seq_len)
+            token_B, cache = prefill(params, step_key, tokens_BxL, lengths_B, **how)
+        else:
+            last_B = np.array([row[-1] for row in rows], np.int32)
+            token_B, cache = decode(params, cache, step_key, last_B, lengths_B - 1, **how)
+        new_B = np.where(is_done_B, end, token_B)
+        for row, token in zip(rows, new_B, strict=True):
+            row.append(token)
+        yield new_B
+        is_done_B = new_B == end
+        if is_done_B.all():
+            return
+
+
+def _windows(rows: Sequence[Sequence[int]], L: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last L tokens of each row, padded on the right, and how many they are."""
+    tokens_BxL = np.zeros((len(rows), L), np.int32)
+    lengths_B = np.array([min(len(row), L) for row in rows], np.int32)
+    for tokens_L, row, length in zip(tokens_BxL, rows, lengths_B, strict=True):
+        tokens_L[:length] = row[-length:]
+    return tokens_BxL, lengths_B
+
+
+def text_of(tokens: Sequence[int] | np.ndarray, encoding: tiktoken.Encoding) -> str:
+    """The text of the tokens that the encoding knows: a model's V may be larger."""
+    return encoding.decode([int(token) for token in tokens if token < encoding.n_vocab])
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m jax_model5.generate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of a run or of imported weights")
+    prompt = "text to continue; repeat it for a batch"
+    parser.add_argument("--prompt", required=True, action="append", help=prompt)
+    parser.add_argument("--n_tokens", type=int, default=200, help="new tokens at most; default 200")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    parser.add_argument("--top_k", type=int, default=0, help="the k likeliest only; default all")
+    nucleus = "the likeliest that reach this probability together; default 1"
+    parser.add_argument("--top_p", type=float, default=1.0, help=nucleus)
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    options = parser.parse_args(args)
+    if options.n_tokens < 1:
+        raise UserError(f"n_tokens={options.n_tokens}: must be at least 1")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"seed={options.seed}: must be in [0, 2**32)")
+    return options
+
+
+def main() -> None:
+    with one_line_errors():
+        options = parse_args(sys.argv[1:])
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.greedy)
+        config = config_of_run(options.workdir, "jax_model5.generate")
+        encoding = tokenizer.load(config.data.tokenizer)
+        prompts = [encode_prompt(text, encoding, config) for text in options.prompt]
+        set_up_jax(config)
+        params = jax.device_put(read_params(options.workdir, abstract_params(config)))
+        tokens = generate(
+            params,
+            prompts,
+            jax.random.key(options.seed, impl=config.prng),
+            config=config.model,
+            sampling=sampling,
+            n_tokens=options.n_tokens,
+            end=encoding.eot_token,
+        )
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # it is any text
+        if len(prompts) == 1:
+            write_one(timed(tokens), options.prompt[0], encoding)
+        else:
+            write_all(timed(tokens), options.prompt, encoding)
+
+
+def encode_prompt(text: str, encoding: tiktoken.Encoding, config: TrainConfig) -> list[int]:
+    tokens = encoding.encode_ordinary(text)
+    L, V = config.model.seq_len, config.model.vocab_size
+    if not tokens:
+        raise UserError("prompt='': is empty; give at least one character")
+    if len(tokens) > L:
+        raise UserError(
+            f"prompt={text[:20]!r}...: {len(tokens)} tokens, but the window holds "
+            f"model.seq_len={L}; shorten it"
+        )
+    if max(tokens) >= V:
+        raise UserError(
+            f"prompt={text[:20]!r}: token {max(tokens)} is beyond model.vocab_size={V}: the run's "
+            f"tokenizer is not {config.data.tokenizer}"
+        )
+    return tokens
+
+
+def write_one(tokens: Iterator[np.ndarray], prompt: str, encoding: tiktoken.Encoding) -> None:
+    """The prompt's text on the terminal, token by token as it comes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take many tokens
+    print(prompt, end="", flush=True)
+    for token_B in tokens:
+        if token_B[0] < encoding.eot_token:
+            part = encoding.decode_single_token_bytes(int(token_B[0]))
+            print(decoder.decode(part), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def write_all(
+    tokens: Iterator[np.ndarray], prompts: Sequence[str], encoding: tiktoken.Encoding
+) -> None:
+    """The texts one after the other, when all are done."""
+    for index, (prompt, row) in enumerate(zip(prompts, np.array(list(tokens)).T, strict=True)):
+        text = text_of(row[row != encoding.eot_token], encoding)
+        print(f"--- prompt {index + 1}\n{prompt}{text}")
+
+
+def timed(tokens: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same tokens; when they end, their speed on standard error."""
+    start = time.perf_counter()
+    first, n_tokens = start, 0
+    for token_B in tokens:
+        n_tokens += len(token_B)
+        if n_tokens == len(token_B):
+            first = time.perf_counter()
+            n_first = n_tokens
+        yield token_B
+    seconds = time.perf_counter() - first
+    rate = f", then {(n_tokens - n_first) / seconds:,.1f} tokens/s" if n_tokens > n_first else ""
+    print(f"first token after {first - start:.1f} s{rate}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,14 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, n_last: int, *, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        n_last: int,
+        *,
+        deterministic: bool,
+        start_B: jax.Array | None = None,
+    ) -> jax.Array:
         c = self.config
         B, L, D = x_BxLxD.shape
         N, H, K = n_last, c.n_heads, c.d_model // c.n_heads
@@ -137,16 +144,35 @@ class Attention(nn.Module):
             part_BxSxD.reshape(B, -1, H, K).swapaxes(1, 2)  # S is N for queries, L for the others
             for part_BxSxD in QKV(c, name="qkv")(x_BxLxD, N)
         )
-        drop = functools.partial(Dropout(c.dropout, name="drop"), deterministic=deterministic)
-        # The first half of the queries never sees the second half of the keys.
-        halves = [(0, N // 2), (N // 2, N)] if N > 1 else [(0, 1)]
-        parts = [
-            attend(q_BxHxNxK[:, :, start:stop], k_BxHxLxK[:, :, :end], v_BxHxLxK[:, :, :end], drop)
-            for start, stop in halves
-            for end in [L - N + stop]
-        ]
+        drop = functools.partial(
+            Dropout(c.dropout_at("attention"), name="drop"), deterministic=deterministic
+        )
+        if start_B is not None:
+            k_BxHxLxK = self._cached("k", k_BxHxLxK, start_B)
+            v_BxHxLxK = self._cached("v", v_BxHxLxK, start_B)
+            positions_Bx1xTx1 = (start_B[:, None] + jnp.arange(L))[:, None, :, None]
+            is_past_Bx1xTxL = jnp.arange(c.seq_len) <= positions_Bx1xTx1
+            parts = [masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_Bx1xTxL, drop)]
+        else:
+            # The first half of the queries never sees the second half of the keys.
+            halves = [(0, N // 2), (N // 2, N)] if N > 1 else [(0, 1)]
+            parts = [
+                attend(q_BxHxNxK[:, :, i:j], k_BxHxLxK[:, :, :end], v_BxHxLxK[:, :, :end], drop)
+                for i, j in halves
+                for end in [L - N + j]
+            ]
         y_BxHxNxK = checkpoint_name(jnp.concatenate(parts, axis=2), "attention")
         return linear(c, "proj", D, D)(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
+
+    def _cached(self, name: str, new_BxHxTxK: jax.Array, start_B: jax.Array) -> jax.Array:
+        """The window's keys or values [B, H, L, K] so far, the new ones written at start_B."""
+        B, H, _, K = new_BxHxTxK.shape
+        shape = (B, H, self.config.seq_len, K)
+        cache = self.variable("cache", name, jnp.zeros, shape, new_BxHxTxK.dtype)
+        write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, start))
+        starts_Bx3 = jnp.stack([0 * start_B, start_B, 0 * start_B], axis=1)
+        cache.value = write(cache.value, new_BxHxTxK, starts_Bx3)
+        return cache.value
 
 
 def attend(
@@ -155,11 +181,22 @@ def attend(
     v_BxHxLxK: jax.Array,
     drop: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, causal: the N queries are the last of the L positions."""
-    N, L, K = q_BxHxNxK.shape[2], *k_BxHxLxK.shape[2:]
-    scores_BxHxNxL = q_BxHxNxK @ k_BxHxLxK.swapaxes(2, 3) / math.sqrt(K)
+    """Causal attention whose N queries are the last of the L positions."""
+    N, L = q_BxHxNxK.shape[2], k_BxHxLxK.shape[2]
     is_past_NxL = jnp.arange(L) <= jnp.arange(L - N, L)[:, None]
-    scores_BxHxNxL = jnp.where(is_past_NxL, scores_BxHxNxL, -jnp.inf)
+    return masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_NxL, drop)
+
+
+def masked_attention(
+    q_BxHxNxK: jax.Array,
+    k_BxHxLxK: jax.Array,
+    v_BxHxLxK: jax.Array,
+    is_past: jax.Array,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(B, 1,) N, L] lets a query see."""
+    scores_BxHxNxL = q_BxHxNxK @ k_BxHxLxK.swapaxes(2, 3) / math.sqrt(q_BxHxNxK.shape[-1])
+    scores_BxHxNxL = jnp.where(is_past, scores_BxHxNxL, -jnp.inf)
     weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(scores_BxHxNxL.dtype)))
     return drop(weights_BxHxNxL.astype(v_BxHxLxK.dtype)) @ v_BxHxLxK
 
@@ -186,17 +223,29 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, n_last: int, *, deterministic: bool) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        n_last: int,
+        *,
+        deterministic: bool,
+        start_B: jax.Array | None = None,
+    ) -> jax.Array:
         c, D, F = self.config, self.config.d_model, 4 * self.config.d_model
         h_BxLxD = layer_norm(c, "ln_1")(x_BxLxD)
-        h_BxNxD = Attention(c, name="attn")(h_BxLxD, n_last, deterministic=deterministic)
-        h_BxNxD = Dropout(c.dropout, name="attn_drop")(h_BxNxD, deterministic=deterministic)
+        attention = Attention(c, name="attn")
+        h_BxNxD = attention(h_BxLxD, n_last, deterministic=deterministic, start_B=start_B)
+        h_BxNxD = Dropout(c.dropout_at("attention_output"), name="attn_drop")(
+            h_BxNxD, deterministic=deterministic
+        )
         x_BxNxD = x_BxLxD[:, -n_last:] + h_BxNxD
 
         h_BxNxF = linear(c, "fc", D, F)(layer_norm(c, "ln_2")(x_BxNxD))
         h_BxNxF = jax.nn.gelu(h_BxNxF, approximate=c.gelu == "tanh")
         h_BxNxD = linear(c, "out", F, D)(h_BxNxF)
-        return x_BxNxD + Dropout(c.dropout, name="mlp_drop")(h_BxNxD, deterministic=deterministic)
+        return x_BxNxD + Dropout(c.dropout_at("mlp"), name="mlp_drop")(
+            h_BxNxD, deterministic=deterministic
+        )
 
 
 @jax.custom_vjp
@@ -250,13 +299,15 @@ _SAVED = {
 }
 
 
-def run_block(config: ModelConfig, n_last: int, *, deterministic: bool) -> Callable:
+def run_block(
+    config: ModelConfig, n_last: int, start_B: jax.Array | None, *, deterministic: bool
+) -> Callable:
     """(block, x_BxLxD, _) -> (x_BxNxD, None), as `nn.scan` wants it, rematerialized or not."""
 
     def run(block: Block, x_BxLxD: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return block(x_BxLxD, n_last, deterministic=deterministic), None
+        return block(x_BxLxD, n_last, deterministic=deterministic, start_B=start_B), None
 
-    if config.remat == "none":
+    if config.remat == "none" or start_B is not None:
         return run
     return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=False)
 
@@ -280,7 +331,7 @@ class Model5(nn.Module):
         c, dtype = self.config, at_least_float32(self.config.dtype)
         self.wte_VxD = self.param("wte", wte_init(c), (c.vocab_size, c.d_model), dtype)
         self.wpe_LxD = self.param("wpe", wpe_init(c), (c.seq_len, c.d_model), dtype)
-        self.drop = Dropout(c.dropout)
+        self.drop = Dropout(c.dropout_at("embedding"))
         self.trunk = Block(c)
         self.last_block = Block(c)
         self.ln_f = layer_norm(c, None)
@@ -290,25 +341,42 @@ class Model5(nn.Module):
 
     def features(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
         """The final layer norm's output x_BxNxD."""
-        c, L = self.config, tokens_BxL.shape[1]
-        x_BxLxD = (self.wte_VxD[tokens_BxL] + self.wpe_LxD[:L]).astype(c.dtype)
-        x_BxLxD = self.drop(x_BxLxD, deterministic=deterministic)
+        x_BxLxD = self.wte_VxD[tokens_BxL] + self.wpe_LxD[: tokens_BxL.shape[1]]
+        x_BxLxD = self.drop(x_BxLxD.astype(self.config.dtype), deterministic=deterministic)
+        return self.ln_f(self._blocks(x_BxLxD, n_last, None, deterministic=deterministic))
+
+    def extend(self, tokens_BxT: jax.Array, start_B: jax.Array) -> jax.Array:
+        """Features x_BxTxD of T more tokens of each row; the first of them has position start_B.
+
+        Reads the keys and values of the positions before them from the collection `cache`, which
+        has to be mutable, and adds theirs: the same numbers as a forward pass over all.
+        """
+        T = tokens_BxT.shape[1]
+        positions_BxT = start_B[:, None] + jnp.arange(T)
+        x_BxTxD = (self.wte_VxD[tokens_BxT] + self.wpe_LxD[positions_BxT]).astype(self.config.dtype)
+        return self.ln_f(self._blocks(x_BxTxD, T, start_B, deterministic=True))
+
+    def _blocks(
+        self, x_BxLxD: jax.Array, n_last: int, start_B: jax.Array | None, *, deterministic: bool
+    ) -> jax.Array:
+        """x_BxNxD after all blocks; with start_B they use the cache."""
+        c, L = self.config, x_BxLxD.shape[1]
         if c.n_layers > 1:
             # One compiled block for all. A shallow trunk is unrolled: 1.1 times faster on a CPU.
             # XLA may then keep what remat "dots" would compute again.
             depth = c.n_layers - 1
             is_unrolled = depth <= _UNROLLED and c.remat != "full"
             scan = nn.scan(
-                run_block(c, L, deterministic=deterministic),
-                variable_axes={"params": 0, "masks": 0},
+                run_block(c, L, start_B, deterministic=deterministic),
+                variable_axes={"params": 0, "masks": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=depth,
                 unroll=depth if is_unrolled else 1,
             )
             x_BxLxD, _ = scan(self.trunk, x_BxLxD, None)
-        run = run_block(c, n_last, deterministic=deterministic)
+        run = run_block(c, n_last, start_B, deterministic=deterministic)
         x_BxNxD, _ = run(self.last_block, x_BxLxD, None)
-        return self.ln_f(x_BxNxD)
+        return x_BxNxD
 
     def head(self, x_BxNxD: jax.Array) -> jax.Array:
         """Tied head: logits_BxNxV = x wte^T [/ sqrt(D)]."""

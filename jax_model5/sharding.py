@@ -1,6 +1,9 @@
-"""The device mesh, and where each parameter and each batch lives on it."""
+"""The devices: JAX set up for a run, the mesh, and where parameters and batches live on it."""
 
+import logging
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +11,19 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_model5.config import TrainConfig, UserError
+
+
+def set_up_jax(config: TrainConfig) -> None:
+    """Precision, compile cache and processes of a run, before any array is made."""
+    # A failed read or save is raised; what its callbacks and tasks report is the same news again.
+    sys.unraisablehook = lambda _: None
+    for source in ("absl", "asyncio"):
+        logging.getLogger(source).setLevel(logging.CRITICAL)
+    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(config.data.cache_dir).expanduser() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    join_processes()
 
 
 def make_mesh(config: TrainConfig) -> Mesh:

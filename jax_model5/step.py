@@ -1,5 +1,7 @@
 """`TrainState`, and the pure functions that make it, move it one step, and evaluate it."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,10 @@ import optax
 from jax_model5.config import TrainConfig
 from jax_model5.model import Model5
 from jax_model5.objectives import n_last, window_nll
-from jax_model5.optimizer import optimizer, schedule
+from jax_model5.optimizer import merge, optimizer, schedule, split_frozen
 
 TEST_METRICS = ("final_token_nll", "all_token_nll")
-_INIT, _DROPOUT = 0, 1  # what a key is for: folded into the run's one key
+INIT, DROPOUT, SAMPLE = range(3)  # what a key is for: folded into the run's one key
 
 
 @flax.struct.dataclass
@@ -27,16 +29,23 @@ def init_state(key: jax.Array, *, config: TrainConfig) -> TrainState:
     """The state before the first step, a function of the run's key."""
     tokens_BxL = jnp.zeros((1, config.model.seq_len), jnp.int32)
     variables = Model5(config.model).init(
-        jax.random.fold_in(key, _INIT), tokens_BxL, n_last=1, deterministic=True
+        jax.random.fold_in(key, INIT), tokens_BxL, n_last=1, deterministic=True
     )
     params = variables["params"]
-    opt_state = optimizer(config.optimizer, config.steps).init(params)
+    moving, _ = split_frozen(params, config.optimizer)
+    opt_state = optimizer(config.optimizer, config.steps).init(moving)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def abstract_params(config: TrainConfig) -> dict:
+    """The shape and dtype of every parameter."""
+    key = jax.random.key(0, impl=config.prng)
+    return jax.eval_shape(functools.partial(init_state, config=config), key).params
 
 
 def dropout_key(key: jax.Array, step: jax.Array | int, micro_batch: jax.Array | int) -> jax.Array:
     """The dropout key of one micro-batch: a pure function of (seed, step, micro-batch)."""
-    key = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), step)
+    key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), step)
     return jax.random.fold_in(key, micro_batch)
 
 
@@ -50,13 +59,14 @@ def train_step(
     """
     loss, gradients = loss_and_gradients(state, key, windows_BxL1, config=config)
     update = optimizer(config.optimizer, config.steps)
-    updates, opt_state = update.update(gradients, state.opt_state, state.params)
+    moving, frozen = split_frozen(state.params, config.optimizer)
+    updates, opt_state = update.update(gradients, state.opt_state, moving)
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(schedule(config.optimizer, config.steps)(state.step)),
     }
-    params = optax.apply_updates(state.params, updates)
+    params = merge(optax.apply_updates(moving, updates), frozen)
     metrics["param_norm"] = optax.tree.norm(params)
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -64,11 +74,15 @@ def train_step(
 def loss_and_gradients(
     state: TrainState, key: jax.Array, windows_BxL1: jax.Array, *, config: TrainConfig
 ) -> tuple[jax.Array, dict]:
-    """Mean loss and its gradients, summed over `accumulate` micro-batches by one scan."""
+    """Mean loss and its gradients, summed over `accumulate` micro-batches by one scan.
 
-    def loss_fn(params: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
+    The gradients are those of the parameters that are not frozen.
+    """
+    moving, frozen = split_frozen(state.params, config.optimizer)
+
+    def loss_fn(moving: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
         return window_nll(
-            params,
+            merge(moving, frozen),
             windows_bxL1,
             config,
             n_last=n_last(config),
@@ -78,14 +92,14 @@ def loss_and_gradients(
 
     value_and_grad = jax.value_and_grad(loss_fn)
     if config.accumulate == 1:
-        return value_and_grad(state.params, windows_BxL1, jnp.int32(0))
+        return value_and_grad(moving, windows_BxL1, jnp.int32(0))
 
     def add(total: tuple, micro: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(state.params, *micro)), None
+        return jax.tree.map(jnp.add, total, value_and_grad(moving, *micro)), None
 
     micro = (_micro_batches(windows_BxL1, config), jnp.arange(config.accumulate))
-    gradients = jax.tree.map(jnp.zeros_like, state.params)
-    zeros = (jnp.zeros((), gradients["wte"].dtype), gradients)
+    gradients = jax.tree.map(jnp.zeros_like, moving)
+    zeros = (jnp.zeros((), state.params["wte"].dtype), gradients)
     total, _ = jax.lax.scan(add, zeros, micro)
     return jax.tree.map(lambda x: x / config.accumulate, total)
 

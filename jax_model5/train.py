@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import logging
 import math
 import os
 import shlex
@@ -20,9 +19,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_model5 import data, metrics, objectives, sharding, tokenizer
-from jax_model5.checkpoint import Checkpoints
+from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import TrainConfig, UserError, one_line_errors, parse, to_yaml
-from jax_model5.generate import continue_windows
+from jax_model5.generate import Sampling, generate, text_of
+from jax_model5.optimizer import merge, split
 from jax_model5.step import TEST_METRICS, TrainState, eval_step, init_state, train_step
 
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _PROMPT_TOKENS = 2, 60, 30
@@ -151,7 +151,7 @@ def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # samples hold any text
     with one_line_errors():
         config = parse(sys.argv[1:], "jax_model5.train")
-        set_up_jax(config)
+        sharding.set_up_jax(config)
         try:
             return train(config)
         except OSError as error:
@@ -168,18 +168,6 @@ def main() -> int:
             ) from None
 
 
-def set_up_jax(config: TrainConfig) -> None:
-    # A failed read or save is raised; what its callbacks and tasks report is the same news again.
-    sys.unraisablehook = lambda _: None
-    for source in ("absl", "asyncio"):
-        logging.getLogger(source).setLevel(logging.CRITICAL)
-    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(config.data.cache_dir).expanduser() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    sharding.join_processes()
-
-
 def train(config: TrainConfig) -> int:
     """Starts or resumes the run in `config.workdir`; returns its exit code.
 
@@ -187,6 +175,7 @@ def train(config: TrainConfig) -> int:
     """
     corpus = data.load_corpus(config)
     programs = Programs(config)
+    given = given_params(config, programs)
     with own_workdir(config) as workdir:
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
         state = checkpoints.restore(programs.abstract_state, config, corpus.fingerprint)
@@ -199,7 +188,9 @@ def train(config: TrainConfig) -> int:
             metrics.replace_text(workdir / "config.yaml", to_yaml(config))
             log = metrics.MetricsLog(workdir / "metrics.jsonl", start)
         say(introduction(config, corpus, programs, start))
-        state = programs.init(programs.key) if state is None else state
+        if state is None:
+            state = programs.init(programs.key)
+            state = state.replace(params=merge(state.params, given))
         with StopSignal() as stop:
             try:
                 state = loop(config, corpus, programs, checkpoints, log, stop, state)
@@ -214,6 +205,19 @@ def train(config: TrainConfig) -> int:
         write_results(config, corpus, programs, state, workdir)
         say(finished(config, step))
         return 0
+
+
+def given_params(config: TrainConfig, programs: Programs) -> dict:
+    """The leaves that `init_from` gives a run which has not saved anything yet.
+
+    Raises:
+      UserError: whatever `read_params` raises, or `init_leaves` matches nothing.
+    """
+    saved = (Path(config.workdir).expanduser() / "checkpoints").glob("*")
+    if not config.init_from or any(path.name.isdigit() for path in saved):
+        return {}
+    wanted, _ = split(programs.abstract_state.params, config.init_leaves, "init_leaves")
+    return read_params(config.init_from, wanted, "init_from")
 
 
 def loop(
@@ -378,17 +382,16 @@ def sample_text(
     tokens_BxL = data.test_batches(corpus, config)[0][:_SAMPLE_ROWS, 1:]
     parts = [f"# step {int(state.step)}\n"]
     for temperature in _SAMPLE_TEMPERATURES:
-        new_BxN = continue_windows(
+        new_NxB = generate(
             state.params,
-            programs.key,
             tokens_BxL,
+            programs.key,
             config=config.model,
+            sampling=Sampling(temperature),
             n_tokens=_SAMPLE_TOKENS,
-            temperature=temperature,
         )
-        for prompt, new in zip(tokens_BxL, np.asarray(new_BxN), strict=True):
-            known = [token for token in new if token < encoding.n_vocab]
-            shown = encoding.decode(prompt[-_PROMPT_TOKENS:]), encoding.decode(known)
+        for prompt, new_N in zip(tokens_BxL, np.array(list(new_NxB)).T, strict=True):
+            shown = text_of(prompt[-_PROMPT_TOKENS:], encoding), text_of(new_N, encoding)
             parts.append(f"--- temperature {temperature}: {shown[0]!r} continues\n{shown[1]}\n")
     return "\n".join(parts)
 

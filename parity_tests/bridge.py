@@ -130,21 +130,22 @@ def replay_masks(model: torch.nn.Module, masks: Any, config: ModelConfig) -> Non
     """
     sites = dict(model.named_modules())
     for layer in range(config.n_layers):
-        masks_here = masks_of_block(masks, layer, config.n_layers)
-        sites["drop"].mask = torch.from_numpy(np.array(masks_here["drop"]))
-        for ours, theirs in BLOCK_MASKS:
-            mask = torch.from_numpy(_pad_positions(masks_here[ours], config))
-            sites[f"blocks.{layer}.{theirs}"].mask = mask
+        names = {"drop": "drop"} | {o: f"blocks.{layer}.{theirs}" for o, theirs in BLOCK_MASKS}
+        for ours, mask in masks_of_block(masks, layer, config.n_layers).items():
+            sites[names[ours]].mask = torch.from_numpy(_pad_positions(mask, config))
 
 
 def masks_of_block(masks: Any, layer: int, n_layers: int) -> dict[str, np.ndarray]:
-    """The embedding's mask under "drop", and a block's under the names of `BLOCK_MASKS`."""
+    """The masks of the sites that drop: the embedding's "drop", and a block's `BLOCK_MASKS`."""
     recorded = {name.removesuffix("/keep"): mask for name, mask in flat(masks).items()}
-    own = {}
+    own = {"drop": recorded["drop"]} if "drop" in recorded else {}
+    is_last = layer == n_layers - 1
+    stack = "last_block" if is_last else "trunk"
     for site, _ in BLOCK_MASKS if layer < n_layers else []:
-        is_last = layer == n_layers - 1
-        own[site] = recorded[f"last_block/{site}"] if is_last else recorded[f"trunk/{site}"][layer]
-    return {"drop": recorded["drop"], **own}
+        if f"{stack}/{site}" in recorded:
+            mask = recorded[f"{stack}/{site}"]
+            own[site] = mask if is_last else mask[layer]
+    return own
 
 
 def _pad_positions(mask: np.ndarray, config: ModelConfig) -> np.ndarray:

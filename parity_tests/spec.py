@@ -27,7 +27,7 @@ class Inputs:
 
     def dropped(self, site: str, x: Array, rescale: float = 1.0) -> Array:
         rate = self.config.dropout
-        return x * self.keep[site] / (1 - rate) * rescale if self.keep else x
+        return x * self.keep[site] / (1 - rate) * rescale if site in self.keep else x
 
 
 def layer_norm(

@@ -13,12 +13,13 @@ from tests.tiny import ROOT, run
 def test_the_keys_are_the_contract():
     config = dataclasses.asdict(TrainConfig())
     root = "objective last_k steps batch_size accumulate eval_every eval_batches checkpoint_every"
-    assert " ".join(config) == f"{root} keep seed prng workdir model data optimizer mesh"
-    model = "vocab_size seq_len d_model n_heads n_layers dropout scale_logits gelu init dtype remat"
-    assert " ".join(config["model"]) == model
+    root += " keep seed prng init_from init_leaves workdir model data optimizer mesh"
+    assert " ".join(config) == root
+    model = "vocab_size seq_len d_model n_heads n_layers dropout dropout_sites scale_logits gelu"
+    assert " ".join(config["model"]) == f"{model} init dtype remat"
     data = "source n_docs text_field tokenizer test_fraction sampling cache_dir"
     assert " ".join(config["data"]) == data
-    optimizer = "name learning_rate weight_decay b1 b2 eps schedule warmup_steps clip_norm"
+    optimizer = "name learning_rate weight_decay b1 b2 eps schedule warmup_steps clip_norm freeze"
     assert " ".join(config["optimizer"]) == optimizer
     assert [*config["mesh"]] == ["data", "fsdp"]
 

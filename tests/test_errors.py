@@ -31,6 +31,10 @@ ONE_LINE = {
     "heads that do not divide": ("--model.n_heads 3", ["model.n_heads=3", "d_model=16"]),
     "dropout of 1": ("--model.dropout 1.0", ["model.dropout=1.0", "[0, 1)"]),
     "dropout below 0": ("--model.dropout=-0.1", ["model.dropout=-0.1", "[0, 1)"]),
+    "unknown dropout site": (
+        "--model.dropout_sites everywhere",
+        ["model.dropout_sites='everywhere'", "attention_output"],
+    ),
     "no layers": ("--model.n_layers 0", ["model.n_layers=0", "at least 1"]),
     "unknown init": ("--model.init orthogonal", ["model.init='orthogonal'", "xavier"]),
     "init without std": ("--model.init normal:", ["model.init='normal:'", "normal:0.02"]),

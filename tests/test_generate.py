@@ -1,53 +1,261 @@
-"""The sampler draws each token from the model's own distribution at the last position."""
+"""Generation: the cache changes no number, and tokens are drawn from the stated distribution."""
 
+import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jax_model5 import generate, model, step
-from jax_model5.config import TrainConfig
-from tests.tiny import MODEL
+from jax_model5 import generate, model, step, train
+from jax_model5.config import TrainConfig, UserError
+from jax_model5.generate import Sampling
+from tests.tiny import MODEL, run, tiny, with_model
 
-PARAMS = functools.cache(
-    lambda: jax.tree.map(
-        lambda leaf: leaf * 10,  # far from uniform
-        step.init_state(jax.random.key(0), config=TrainConfig(model=MODEL)).params,
+GREEDY = Sampling(greedy=True)
+FLOAT64 = dataclasses.replace(MODEL, dtype="float64")
+PROMPTS = [[1, 2, 3], [200], list(range(40, 52))]  # of three lengths; the window holds 16
+
+
+_STATIC = ("n_last", "deterministic", "method", "mutable")
+
+
+@functools.cache
+def params_of(config=MODEL):
+    state = step.init_state(jax.random.key(0), config=TrainConfig(model=config))
+    return jax.tree.map(lambda leaf: leaf * 10, state.params)  # far from uniform
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def sample(prompts, n_tokens, sampling, seed=0, config=MODEL, **fields):
+    """The new tokens of each row, [B, N]."""
+    key = jax.random.key(seed)
+    params = params_of(config)
+    tokens = generate.generate(
+        params, prompts, key, config=config, sampling=sampling, n_tokens=n_tokens, **fields
     )
-)
+    return np.array(list(tokens)).T
 
 
-def sample(tokens, n_tokens, temperature, seed=0):
-    return generate.continue_windows(
-        PARAMS(),
-        jax.random.key(seed),
-        tokens,
-        config=MODEL,
-        n_tokens=n_tokens,
-        temperature=temperature,
-    )
+def re_forward(prompts, n_tokens, config=MODEL):
+    """Greedy tokens without a cache: each row alone, its last L tokens run forward again."""
+    apply = jax.jit(functools.partial(model.Model5(config).apply, n_last=1, deterministic=True))
+    rows = [list(prompt) for prompt in prompts]
+    for row in rows:
+        for _ in range(n_tokens):
+            window = jnp.array([row[-config.seq_len :]])
+            row.append(int(apply({"params": params_of(config)}, window)[0, 0].argmax()))
+    return np.array([row[-n_tokens:] for row in rows])
 
 
-def test_a_temperature_near_0_is_greedy_re_forward():
-    window = np.arange(2 * MODEL.seq_len).reshape(2, -1) % MODEL.vocab_size
-    new = sample(jnp.asarray(window), 5, 1e-6)
-    apply = jax.jit(functools.partial(model.Model5(MODEL).apply, n_last=1, deterministic=True))
-    for k in range(5):
-        logits = apply({"params": PARAMS()}, window)[:, 0]
-        best = np.asarray(logits.argmax(-1))
-        assert np.array_equal(new[:, k], best)
-        window = np.concatenate([window[:, 1:], best[:, None]], axis=1)
+def cached_error(shift=0):
+    """Distance of cached logits from those of one forward pass; `shift` misplaces the tokens."""
+    apply = jax.jit(model.Model5(FLOAT64).apply, static_argnames=_STATIC)
+    extend = functools.partial(apply, method="extend", mutable=("cache",))
+    variables = {"params": params_of(FLOAT64)}
+    rows, tokens = np.arange(2), np.random.default_rng(0).integers(0, 257, (2, 16))
+    full = apply(variables, tokens, n_last=16, deterministic=True)
+    errors = []
+    # Nine tokens at once, of which the second row's last two are padding; then one by one.
+    _, cache = extend(variables, tokens[:, :9], np.zeros(2, int))
+    for position in range(9, 16):
+        start = np.array([position, position - 2])
+        x, cache = extend(variables | cache, tokens[rows, start][:, None], start + shift)
+        logits = apply(variables, x, method="head")[:, 0]
+        errors.append(np.abs(logits - full[rows, start]).max())
+    return max(errors) / np.abs(full).max()
 
 
-def test_samples_follow_the_softmax_of_the_raw_logits():
+@pytest.mark.usefixtures("float64")
+def test_cached_logits_are_those_of_a_forward_pass():
+    assert cached_error() < 1e-12
+    assert cached_error(shift=-1) > 1e-3, "a misplaced key was not seen"
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_batch_of_lengths_past_the_window_equals_re_forward():
+    """30 new tokens: the longest row fills its window of 16 after 4, the others later."""
+    found = sample(PROMPTS, 30, GREEDY, config=FLOAT64)
+    assert np.array_equal(found, re_forward(PROMPTS, 30, FLOAT64))
+    assert len(set(found[0])) > 5, "too monotonous to tell"
+
+
+def test_one_decode_step_serves_all_tokens():
+    generate.decode.clear_cache()
+    sample(PROMPTS, 4, GREEDY)
+    sample([[7, 8], [9], [3]], 10, GREEDY)
+    assert generate.decode._cache_size() == 1
+
+
+def test_a_prompt_gets_the_same_text_alone_and_in_a_batch():
+    together = sample(PROMPTS, 12, Sampling(0.8))
+    alone = sample(PROMPTS[:1], 12, Sampling(0.8))
+    assert np.array_equal(together[0], alone[0])
+    assert not np.array_equal(together, sample(PROMPTS, 12, Sampling(0.8), seed=1))
+
+
+def test_a_row_ends_at_the_end_token_and_all_of_them_end_the_run():
+    whole = sample(PROMPTS, 12, GREEDY)
+    end = int(whole[0, 3])
+    found = sample(PROMPTS, 12, GREEDY, end=end)
+    first = [list(row).index(end) if end in row else 12 for row in whole]
+    for row, before, k in zip(found, whole, first, strict=True):
+        assert np.array_equal(row[:k], before[:k])
+        assert (row[k:] == end).all()
+    alone = sample(PROMPTS[:1], 12, GREEDY, end=end)
+    assert alone.shape == (1, first[0] + 1)
+
+
+def exact(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The stated distribution, token by token, in plain Python."""
+    p = np.exp(logits / temperature - (logits / temperature).max())
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    order = order[: top_k or None]
+    total = sum(p[i] for i in order)
+    kept, reached = [], 0.0
+    for i in order:
+        kept.append(i)
+        reached += p[i] / total
+        if reached >= top_p:
+            break
+    probabilities = np.zeros(len(p))
+    probabilities[kept] = p[kept] / p[kept].sum()
+    return probabilities
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(0.7),
+    Sampling(2.0, top_k=5),
+    Sampling(1.5, top_p=0.6),
+    Sampling(1.3, top_k=20, top_p=0.9),
+    Sampling(top_p=1e-9),
+    Sampling(top_k=1),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_draws_follow_the_exact_probabilities(sampling):
+    rows = 20_000
+    logits = np.random.default_rng(1).normal(0, 2, 40)
+    expected = exact(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    tiled = jnp.tile(jnp.asarray(logits, jnp.float32), (rows, 1))
+    drawn = np.asarray(generate.draw(jax.random.key(0), tiled, sampling))
+    observed = np.bincount(drawn, minlength=40) / rows
+    assert not observed[expected == 0].any(), "an excluded token was drawn"
+    bound = 5 * np.sqrt(expected * (1 - expected) / rows) + 1e-9
+    assert (np.abs(observed - expected) <= bound).all()
+    if sampling != SAMPLINGS[0]:
+        assert (np.abs(observed - exact(logits)) > bound).any(), "the plain softmax would pass, too"
+
+
+def test_the_first_token_is_drawn_from_the_models_own_softmax():
     rows = 4000
-    window = jnp.tile(jnp.arange(MODEL.seq_len)[None], (rows, 1))
+    prompt = list(range(10))
     logits = model.Model5(MODEL).apply(
-        {"params": PARAMS()}, window[:1], n_last=1, deterministic=True
+        {"params": params_of()}, jnp.array([prompt]), n_last=1, deterministic=True
     )[0, 0]
-    for temperature in (0.7, 2.0):
-        expected = np.asarray(jax.nn.softmax(logits / temperature))
-        drawn = np.asarray(sample(window, 1, temperature))[:, 0]
-        observed = np.bincount(drawn, minlength=MODEL.vocab_size) / rows
-        assert np.abs(observed - expected).max() < 5 * np.sqrt(expected.max() / rows)
+    expected = exact(np.asarray(logits, float), 0.7)
+    drawn = sample([prompt] * rows, 1, Sampling(0.7))[:, 0]
+    observed = np.bincount(drawn, minlength=MODEL.vocab_size) / rows
+    assert (np.abs(observed - expected) <= 5 * np.sqrt(expected / rows) + 1e-3).all()
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, text_file):
+    folder = tmp_path_factory.mktemp("trained")
+    config = with_model(tiny(folder, text_file, steps=30), d_model=32)
+    assert train.train(config) == 0
+    return config.workdir
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line in this process: (exit code, output, errors)."""
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, args)])
+        try:
+            generate.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_writes_the_prompt_and_its_continuation(workdir):
+    args = ("--workdir", workdir, "--prompt", "7 times", "--n_tokens", 20, "--greedy")
+    code, out, err = run(*args, module="jax_model5.generate")
+    assert code == 0, err
+    assert out.startswith("7 times")
+    assert len(out) > 20
+    assert "tokens/s" in err
+
+
+def test_a_batch_is_one_text_after_the_other(workdir, command):
+    one = command("--workdir", workdir, "--prompt", "7 times", "--n_tokens", 20, "--seed", 3)
+    both = command(
+        *("--workdir", workdir, "--prompt", "7 times", "--prompt", "and that", "--n_tokens", 20),
+        *("--seed", 3),
+    )
+    assert one[0] == both[0] == 0
+    assert both[1].startswith(f"--- prompt 1\n{one[1]}--- prompt 2\nand that")
+
+
+def test_a_character_of_many_tokens_is_written_whole(command, monkeypatch, workdir):
+    tokens = [np.array([byte]) for byte in "é世".encode()]
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: iter(tokens))
+    assert command("--workdir", workdir, "--prompt", "x")[1] == "xé世\n"
+
+
+BAD = {
+    "no workdir": (("--prompt", "a"), "--workdir"),
+    "not a run": (("--workdir", "{tmp}", "--prompt", "a"), "holds no config.yaml"),
+    "nothing saved": (("--workdir", "{tmp}/empty", "--prompt", "a"), "holds no checkpoints/"),
+    "no prompt": (("--workdir", "{run}"), "--prompt"),
+    "empty prompt": (("--workdir", "{run}", "--prompt", ""), "prompt='': is empty"),
+    "prompt beyond the window": (("--workdir", "{run}", "--prompt", "a" * 17), "17 tokens"),
+    "temperature 0": (("--temperature", "0"), "temperature=0: must be above 0"),
+    "temperature below 0": (("--temperature", "-1"), "temperature=-1"),
+    "temperature nan": (("--temperature", "nan"), "temperature=nan"),
+    "top_p 0": (("--top_p", "0"), "top_p=0"),
+    "top_p above 1": (("--top_p", "1.5"), "top_p=1.5"),
+    "top_k below 0": (("--top_k", "-3"), "top_k=-3"),
+    "top_k not a number": (("--top_k", "many"), "--top_k"),
+    "no tokens": (("--n_tokens", "0"), "n_tokens=0"),
+    "negative seed": (("--seed", "-1"), "seed=-1"),
+    "unknown option": (("--beam", "3"), "--beam"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, command, workdir, tmp_path):
+    args, part = BAD[name]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.yaml").write_text("seed: 1\n")
+    if "--workdir" not in args and name != "no workdir":
+        args = ("--workdir", "{run}", "--prompt", "a", *args)
+    code, out, err = command(*[arg.format(run=workdir, tmp=tmp_path) for arg in args])
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert part in err
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused(workdir):
+    config = TrainConfig(model=dataclasses.replace(MODEL, vocab_size=100))
+    encoding = train.tokenizer.load("gpt2")
+    with pytest.raises(UserError, match=r"beyond model\.vocab_size=100"):
+        generate.encode_prompt("hello world", encoding, config)

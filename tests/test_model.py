@@ -1,5 +1,6 @@
 """The model: causality, the suffix path, dtypes, init, tying and dropout."""
 
+import dataclasses
 import functools
 import math
 
@@ -219,6 +220,27 @@ def test_threefry_is_jax_s_own():
     ours = model.threefry2x32(jax.random.key_data(key), shape)
     assert np.array_equal(np.asarray(ours).ravel(), np.asarray(first_words))
     assert np.array_equal(model.keep_mask(key, 0.5, shape), np.asarray(ours) >= 2**31)
+
+
+@pytest.mark.parametrize(
+    ("site", "place"),
+    [
+        ("embedding", "drop"),
+        ("attention", "attn/drop"),
+        ("attention_output", "attn_drop"),
+        ("mlp", "mlp_drop"),
+    ],
+)
+def test_a_site_alone_drops_alone(site, place):
+    """The course's four places (lesson 017)."""
+    alone = dataclasses.replace(MODEL, dropout_sites=site)
+    rngs = {"dropout": jax.random.key(0)}
+    _, recorded = eager(
+        new_params(), tokens(), alone, deterministic=False, rngs=rngs, mutable=["masks"]
+    )
+    names = flax.traverse_util.flatten_dict(recorded["masks"], sep="/")
+    stacks = ["trunk/", "last_block/"] if site != "embedding" else [""]
+    assert set(names) == {f"{stack}{place}/keep" for stack in stacks}
 
 
 def test_dropout_preserves_the_mean():

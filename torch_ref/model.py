@@ -51,7 +51,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
-        self.attend = CausalAttention(config.dropout)
+        self.attend = CausalAttention(config.dropout_at("attention"))
         self.proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
@@ -70,12 +70,12 @@ class Block(nn.Module):
         D = config.d_model
         self.ln_1 = nn.LayerNorm(D)
         self.attn = Attention(config)
-        self.attn_drop = Dropout(config.dropout)
+        self.attn_drop = Dropout(config.dropout_at("attention_output"))
         self.ln_2 = nn.LayerNorm(D)
         self.fc = nn.Linear(D, 4 * D)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
         self.out = nn.Linear(4 * D, D)
-        self.mlp_drop = Dropout(config.dropout)
+        self.mlp_drop = Dropout(config.dropout_at("mlp"))
 
     def forward(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
         x_BxLxD = x_BxLxD + self.attn_drop(self.attn(self.ln_1(x_BxLxD)))
@@ -90,7 +90,7 @@ class Model5(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
-        self.drop = Dropout(config.dropout)
+        self.drop = Dropout(config.dropout_at("embedding"))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)

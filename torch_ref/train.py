@@ -17,6 +17,10 @@ from torch_ref.step import eval_step, make_optimizer, make_scheduler, train_step
 def main() -> int:
     with one_line_errors():
         config = parse(sys.argv[1:], "torch_ref.train")
+        if config.init_from or config.optimizer.freeze:
+            raise UserError(
+                "init_from, optimizer.freeze: the reference has neither; leave them out"
+            )
         corpus = data.load_corpus(config)
         try:
             workdir = Path(config.workdir).expanduser()

@@ -1,0 +1,177 @@
+"""Training that starts from given weights, and weights that never move."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_model5 import checkpoint, step, train
+from jax_model5.config import TrainConfig, UserError
+from jax_model5.optimizer import merge, split
+from tests.test_step import flags
+from tests.tiny import MODEL, run, tiny, with_model, with_optimizer
+
+SOME = with_optimizer(TrainConfig(model=MODEL, batch_size=4), freeze="wte trunk/attn/*")
+
+
+def params_of(config, workdir=None):
+    return checkpoint.read_params(workdir or config.workdir, step.abstract_params(config))
+
+
+def same_bits(a, b):
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def moved(before, after):
+    """Paths of the leaves that are not the same bits."""
+    pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path) for (path, a), b in pairs if not same_bits(a, b)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_frozen_leaves_do_not_move_by_a_bit(name, accumulate):
+    config = dataclasses.replace(with_optimizer(SOME, name=name), accumulate=accumulate)
+    state = step.init_state(jax.random.key(0), config=config)
+    params = state.params | {"wte": state.params["wte"].at[0, 0].set(-0.0)}
+    state = state.replace(params=params)
+    windows = jax.random.randint(jax.random.key(1), (4, MODEL.seq_len + 1), 0, MODEL.vocab_size)
+    run_step = jax.jit(functools.partial(step.train_step, config=config))
+    after, _ = run_step(state, jax.random.key(0), windows)
+    changed = moved(state.params, after.params)
+    everything = moved(state.params, jax.tree.map(lambda leaf: leaf + 1, state.params))
+    frozen = {"wte"} | {path for path in everything if path.startswith("trunk/attn/")}
+    assert changed == everything - frozen
+
+
+def test_frozen_leaves_cost_no_optimizer_memory():
+    def moments(config):
+        state = jax.eval_shape(functools.partial(step.init_state, config=config), jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+
+    shapes = step.abstract_params(SOME)
+    frozen, moving = split(shapes, SOME.optimizer.freeze, "")
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (frozen, moving)]
+    assert sizes[0] > 0
+    assert moments(SOME) == 2 * sizes[1]
+    assert moments(with_optimizer(SOME, freeze="")) == 2 * sum(sizes)
+
+
+def test_the_gradient_norm_is_that_of_what_moves():
+    """As PyTorch's, where a parameter without requires_grad has no gradient."""
+    state = step.init_state(jax.random.key(0), config=SOME)
+    windows = jnp.ones((4, MODEL.seq_len + 1), jnp.int32)
+    _, whole = step.loss_and_gradients(
+        state, jax.random.key(0), windows, config=with_optimizer(SOME, freeze="")
+    )
+    _, moving = split(whole, SOME.optimizer.freeze, "")
+    _, reported = step.train_step(state, jax.random.key(0), windows, config=SOME)
+    expected = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(moving)))
+    assert reported["grad_norm"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_split_and_merge_are_inverse():
+    params = step.abstract_params(SOME)
+    assert merge(*split(params, "wte last_block/*/bias", "")) == params
+
+
+@pytest.mark.parametrize(
+    ("freeze", "part"),
+    [("wte head", "'head' is no parameter; they are"), ("*", "leaves nothing to train")],
+)
+def test_a_freeze_that_cannot_be_is_refused(freeze, part):
+    with pytest.raises(UserError, match=r"optimizer\.freeze=") as error:
+        step.abstract_params(with_optimizer(SOME, freeze=freeze))
+    assert part in str(error.value)
+
+
+# ---- init_from ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, text_file):
+    """A finished run to start from."""
+    config = tiny(tmp_path_factory.mktemp("source"), text_file, seed=5)
+    assert train.train(config) == 0
+    return config
+
+
+@pytest.mark.parametrize("leaves", ["*", "wte"])
+def test_a_run_starts_from_given_weights(source, tmp_path, leaves):
+    config = dataclasses.replace(
+        with_optimizer(source, learning_rate=0.0), workdir=str(tmp_path / "run"), seed=0, steps=1
+    )
+    given = dataclasses.replace(config, init_from=source.workdir, init_leaves=leaves)
+    assert train.train(given) == 0
+    ours, theirs = params_of(given), params_of(source)
+    everything = moved(ours, jax.tree.map(lambda leaf: leaf + 1, ours))
+    taken = everything - moved(ours, theirs)
+    untouched = {path for path in taken if "bias" in path or "ln_" in path}  # equal from the start
+    assert "wte" in taken
+    assert ("trunk/fc/kernel" in taken) == (leaves == "*")
+    if leaves == "wte":
+        assert taken <= {"wte"} | untouched
+
+
+def test_frozen_given_embeddings_and_a_resume_that_needs_no_source(source, tmp_path, text_file):
+    """Course lesson 07: embeddings copied and frozen."""
+    copy = shutil.copytree(source.workdir, tmp_path / "copy")
+    config = dataclasses.replace(
+        with_optimizer(source, freeze="wte"), workdir=str(tmp_path / "run"), seed=1
+    )
+    config = dataclasses.replace(config, init_from=str(copy), init_leaves="wte")
+    assert train.train(dataclasses.replace(config, steps=4)) == 0
+    shutil.rmtree(copy)
+    assert train.train(config) == 0
+    assert same_bits(params_of(config)["wte"], params_of(source)["wte"])
+    assert "trunk/fc/kernel" in moved(params_of(config), params_of(source))
+
+
+def test_a_run_that_saved_nothing_yet_starts_from_the_given_weights_again(source, tmp_path):
+    config = dataclasses.replace(source, workdir=str(tmp_path / "run"), init_from=source.workdir)
+    (tmp_path / "run/checkpoints/0.orbax-checkpoint-tmp").mkdir(parents=True)
+    programs = train.Programs(config)
+    assert train.given_params(config, programs)
+    (tmp_path / "run/checkpoints/4").mkdir()
+    assert train.given_params(config, programs) == {}
+
+
+BAD = {
+    "no such folder": ({"init_from": "{tmp}/none"}, "init_from='{tmp}/none': holds no checkpoints"),
+    "nothing saved there": ({"init_from": "{tmp}/empty"}, "has saved no checkpoint yet"),
+    "no such leaf": ({"init_leaves": "wte head"}, "init_leaves='wte head': 'head' is no parameter"),
+    "another width": ({"model.d_model": 32}, "wte is float32[257, 16] there and float32[257, 32]"),
+    "frozen nothing": ({"optimizer.freeze": "head"}, "optimizer.freeze='head'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, source, tmp_path):
+    fields, part = BAD[name]
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    fields = {"init_from": source.workdir} | fields
+    args = [f"--{key}={str(value).format(tmp=tmp_path)}" for key, value in fields.items()]
+    code, out, err = run(*flags(source), f"--workdir={tmp_path}/run", *args)
+    assert (code, out) == (2, ""), err
+    assert len(err.splitlines()) == 1
+    assert part.format(tmp=tmp_path) in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reference_says_that_it_has_neither(source):
+    code, _, err = run(*flags(source), "--optimizer.freeze=wte", module="torch_ref.train")
+    assert code == 2
+    assert err.startswith("error: init_from, optimizer.freeze:")
+
+
+def test_a_checkpoint_that_is_older_than_a_field_is_read(source):
+    stored = dataclasses.asdict(source)
+    del stored["init_from"], stored["optimizer"]["freeze"]
+    assert checkpoint.config_changes(stored, source) == []
+    changed = with_model(with_optimizer(source, freeze="wte"), dropout=0.2)
+    assert len(checkpoint.config_changes(stored, changed)) == 2
