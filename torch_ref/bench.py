@@ -18,9 +18,12 @@ import torch.nn.functional as F
 
 from jax_model5 import data
 from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from torch_ref.generate import generate
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
 from torch_ref.step import autocast, eval_step, make_optimizer, make_scheduler, train_step
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 200  # as in jax_model5/bench/cases.py
 
 
 class TunedModel5(Model5):
@@ -127,7 +130,12 @@ def main() -> None:
         "precision": torch.get_float32_matmul_precision(),
         "versions": {"torch": torch.__version__},
     }
-    runs = {"step": run_step, "eval": lambda: timed(lambda: eval_step(model, test_batch, config))}
+    prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
+    runs = {
+        "step": run_step,
+        "eval": lambda: timed(lambda: eval_step(model, test_batch, config)),
+        "generate": lambda: timed(lambda: generate(model, prompt_1xT, NEW_TOKENS)),
+    }
     first_batch = torch.from_numpy(data.train_batch(corpus, config, 0)).to(device)
     serve(about, runs, lambda path: initial_loss(model, first_batch, config, path))
 

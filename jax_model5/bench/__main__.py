@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jax_model5.bench import cases, measure, report
+from jax_model5.bench.generation import measure_generation
 from jax_model5.bench.peers import course, ended, ours, tuned
 from jax_model5.bench.rounds import (
     Program,
@@ -50,6 +51,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
     peers = "time PyTorch too: as the course writes it, or the fastest we know; repeat it for both"
     parser.add_argument("--peer", action="append", default=[], choices=PEERS, help=peers)
+    text = "time the writing of a text of 200 tokens instead; peer course only"
+    parser.add_argument("--generate", action="store_true", help=text)
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
     rounds = "times that each program has its turn; default 5"
     parser.add_argument("--rounds", type=int, default=5, help=rounds)
@@ -65,6 +68,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
     if options.peer and options.sweep:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
+    if options.generate and (options.sweep or "tuned" in options.peer):
+        raise UserError("generate: leave out --sweep and --peer tuned; its one peer is course")
     if options.peer and importlib.util.find_spec("torch") is None:
         raise UserError(f"peer={options.peer[0]!r}: needs PyTorch; pip install -e '.[test]'")
     return options
@@ -80,15 +85,18 @@ def main() -> None:
         load_corpus(config)  # tokenized before any clock runs
         commit = _commit()
         with tempfile.TemporaryDirectory() as scratch:
-            measure_it = sweep if options.sweep else compare
+            measure_it = sweep if options.sweep else write_text if options.generate else compare
             result = {"commit": commit, **measure_it(options, config, Path(scratch))}
         name = file_name(options, config)
         report.write_json(result, out / f"{name}.json")
         if options.sweep:
             report.plot_sweep(result, out / f"{name}.png")
+        elif options.generate:
+            report.print_generation(result)
+            report.plot_programs(result, out / f"{name}.png", "seconds")
         else:
             report.print_table(result)
-            report.plot_programs(result, out / f"{name}.png")
+            report.plot_programs(result, out / f"{name}.png", "step")
         print(f"written: {out / name}.json and .png")
 
 
@@ -127,6 +135,7 @@ def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
     knobs += [f"remat_{options.remat}"] if options.remat else []
     knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
     knobs += [f"sweep_{options.sweep}"] if options.sweep else []
+    knobs += ["generate"] if options.generate else []
     return "_".join(knobs)
 
 
@@ -256,6 +265,12 @@ def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> di
         point_row = {"value": value, "step": step, "predicted_s": predicted}
         points.append(point_row | row | memory | {"peak_bytes": times["peak_bytes"]})
     return circumstances | {"sweep": options.sweep, "points": points}
+
+
+def write_text(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
+    """Our generation against the course's loop."""
+    programs, result = measure_generation(config, options.peer, options.rounds, scratch)
+    return about(options, config, programs) | result
 
 
 def about(

@@ -6,6 +6,7 @@ from pathlib import Path
 from jax_model5.config import ModelConfig, TrainConfig, UserError, parse
 
 SMALL = TrainConfig()
+PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of the text that is written
 SWEEPS = {
     "batch": (1, 2, 4, 8, 16, 32),
     "seq": (32, 64, 128, 256, 512),

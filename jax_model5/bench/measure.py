@@ -1,8 +1,8 @@
 """One program of the benchmark, in a process of its own: our training step, timed on request.
 
 It prints a JSON object when its first step is done, then one for each line `step N`, `eval N`,
-`matmul N` or `loss PATH` of standard input: the seconds of N runs, each ended by a synchronization,
-or the loss of the first batch at the initial weights, which it writes to PATH.
+`matmul N`, `generate N` or `loss PATH` of standard input: the seconds of N runs, each ended by a
+synchronization, or the loss of the first batch at the initial weights, which it writes to PATH.
 """
 
 import json
@@ -17,9 +17,12 @@ import jax
 import numpy as np
 
 from jax_model5 import data, sharding
+from jax_model5.bench.cases import NEW_TOKENS, PROMPT_TOKENS
 from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from jax_model5.generate import Sampling, generate
 from jax_model5.objectives import n_last, window_nll
-from jax_model5.train import Programs, set_up_jax
+from jax_model5.sharding import set_up_jax
+from jax_model5.train import Programs
 
 _PRODUCTS = 8  # pairs of matrix products in one timed call, so that its start does not count
 
@@ -73,6 +76,7 @@ def run(config: TrainConfig, corpus: data.Corpus, programs: Programs) -> None:
         "step": run_step,
         "eval": lambda: timed(lambda: programs.evaluate(state.params, test_batch)),
         "matmul": matmul(config, programs.mesh.size),
+        "generate": lambda: timed(lambda: write_text(state.params, corpus, programs, config)),
     }
     serve(about, runs, lambda path: initial_loss(config, corpus, programs, path))
 
@@ -102,6 +106,22 @@ def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
+
+
+def write_text(
+    params: dict, corpus: data.Corpus, programs: Programs, config: TrainConfig
+) -> list[np.ndarray]:
+    """NEW_TOKENS tokens, drawn after the first PROMPT_TOKENS of the corpus."""
+    return list(
+        generate(
+            params,
+            corpus.tokens_T[None, :PROMPT_TOKENS].tolist(),
+            programs.key,
+            config=config.model,
+            sampling=Sampling(),
+            n_tokens=NEW_TOKENS,
+        )
+    )
 
 
 def initial_loss(config: TrainConfig, corpus: data.Corpus, programs: Programs, path: str) -> float:

@@ -50,6 +50,18 @@ def print_table(result: dict[str, Any]) -> None:
         console.print(line, highlight=False)
 
 
+def print_generation(result: dict[str, Any]) -> None:
+    """One line a program; then the ratio."""
+    for row in result["programs"]:
+        seconds = row["seconds"]
+        print(
+            f"{row['name']}: {result['generated_tokens']} tokens in {seconds['median']:.3g} s "
+            f"({seconds['q1']:.3g}-{seconds['q3']:.3g}), {row['tokens_per_s']:,.1f} tokens/s"
+        )
+    for line in ratio_lines(result):
+        print(line)
+
+
 def _cells(program: dict[str, Any]) -> list[str]:
     step = program["step"]
     return [
@@ -78,26 +90,25 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
         rounds = ", ".join(f"{value:.2f}" for value in r["rounds"])
         lines.append(
             f"{r['ours']} against {r['theirs']}: {r['median']:.2f} times faster "
-            f"(rounds: {rounds}), {r['memory']:.2f} of its memory"
+            f"(rounds: {rounds})" + (f", {r['memory']:.2f} of its memory" if "memory" in r else "")
         )
     return lines
 
 
-def plot_programs(result: dict[str, Any], path: Path) -> None:
-    """Each program's step time, quartiles as the error bar."""
+def plot_programs(result: dict[str, Any], path: Path, unit: str) -> None:
+    """Each program's seconds a step, or a text; quartiles as the error bar."""
     programs = result["programs"][::-1]
-    medians = [p["step"]["median"] for p in programs]
-    errors = [
-        [p["step"]["median"] - p["step"]["q1"] for p in programs],
-        [p["step"]["q3"] - p["step"]["median"] for p in programs],
-    ]
+    what = "step" if unit == "step" else f"text of {result['generated_tokens']} tokens"
+    times = [p[unit] for p in programs]
+    medians = [t["median"] for t in times]
+    errors = [[t["median"] - t["q1"] for t in times], [t["q3"] - t["median"] for t in times]]
     fig, ax = plt.subplots(figsize=(7, 0.8 + 0.45 * len(programs)), layout="constrained")
     colors = ["C0" if p["name"].startswith("jax") else "C1" for p in programs]
     ax.barh([p["name"] for p in programs], medians, xerr=errors, color=colors, capsize=3)
     for index, value in enumerate(medians):
         ax.annotate(f" {value:.3g} s", (value, index), (6, 6), textcoords="offset points")
-    ax.set_xlim(0, 1.2 * max(p["step"]["q3"] for p in programs))
-    ax.set_xlabel("seconds a training step (bar: median, whisker: quartiles)")
+    ax.set_xlim(0, 1.2 * max(t["q3"] for t in times))
+    ax.set_xlabel(f"seconds a {what} (bar: median, whisker: quartiles)")
     config = result["config"]
     shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
     case, device = Path(result["case"]).name, result["machine"]["device"]

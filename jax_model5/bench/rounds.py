@@ -85,8 +85,9 @@ def in_turn(
                 results[program.name].setdefault(kind, []).append(answer["seconds"])
                 if kind == "step":
                     results[program.name]["peak_bytes"] = answer["peak_bytes"]
-            middle = statistics.median(results[program.name]["step"][-1])
-            say(f"round {index + 1}/{rounds}  {program.name}: {middle:.4g} s a step")
+            first = next(iter(requests[program.name]))
+            middle = statistics.median(results[program.name][first][-1])
+            say(f"round {index + 1}/{rounds}  {program.name}: {middle:.4g} s a {first}")
     return results
 
 
