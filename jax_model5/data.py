@@ -243,7 +243,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
     root = Path(config.data.cache_dir).expanduser()
     folder = root / _cache_name(config.data)
     try:
-        if not _is_whole(folder):
+        if not _is_cached(folder):
             _build(config.data, encoding, folder)
         tokens_T, manifest = _open(folder)
     except OSError as error:
@@ -286,15 +286,20 @@ def _open(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r"), manifest
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds a corpus whose tokens match its manifest; damage is announced."""
-    if not folder.exists():
-        return False
+def is_whole(folder: Path) -> bool:
+    """Whether the folder holds a corpus whose tokens match its manifest."""
     try:
         tokens_T, manifest = _open(folder)
-        whole = hashlib.sha256(tokens_T.data).hexdigest() == manifest["tokens_sha256"]
+        return hashlib.sha256(tokens_T.data).hexdigest() == manifest["tokens_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        whole = False
+        return False
+
+
+def _is_cached(folder: Path) -> bool:
+    """Whether the folder holds a whole corpus; a damaged one is announced and removed."""
+    if not folder.exists():
+        return False
+    whole = is_whole(folder)
     if not whole:
         print(f"the cached tokens in {folder} are damaged: building them again", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
