@@ -17,6 +17,13 @@ def pytest_configure(config):
     config.stash[CAUGHT] = []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Drops a module's compiled programs: thousands of them use up the process's memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _logits_in_chunks(monkeypatch):
     """The smallest cases stay whole; longer ones take the path of a full-size vocabulary."""
