@@ -105,15 +105,15 @@ def plot(records: list[dict[str, Any]], vocab_size: int, test_metric: str, path:
     losses.axhline(uniform, color="0.5", linestyle=":", label=f"ln V = {uniform:.2f}")
     losses.set_ylabel(f"{test_metric.replace('_', ' ')} [nats]")
     losses.legend(loc="upper right")
-    spread.plot(steps, _rolling_std(loss), color="C2")
+    spread.plot(steps, rolling_std(loss, _ROLLING_STEPS), color="C2")
     spread.set_ylabel(f"std of {_ROLLING_STEPS} steps")
     spread.set_xlabel("optimizer step")
     figure.savefig(path, dpi=100)
 
 
-def _rolling_std(values: np.ndarray) -> np.ndarray:
-    """Standard deviation of the last `_ROLLING_STEPS` values, NaN until there are as many."""
-    if len(values) < _ROLLING_STEPS:
+def rolling_std(values: np.ndarray, n: int) -> np.ndarray:
+    """Standard deviation of the last n values, NaN until there are as many."""
+    if len(values) < n:
         return np.full(len(values), math.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(values, _ROLLING_STEPS)
-    return np.concatenate([np.full(_ROLLING_STEPS - 1, math.nan), windows.std(axis=1)])
+    windows = np.lib.stride_tricks.sliding_window_view(values, n)
+    return np.concatenate([np.full(n - 1, math.nan), windows.std(axis=1)])

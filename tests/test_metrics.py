@@ -30,11 +30,11 @@ def test_resuming_drops_what_came_after_and_a_line_cut_short(tmp_path):
 
 def test_rolling_std_is_of_the_last_50_steps():
     values = np.random.default_rng(0).normal(size=120)
-    rolling = metrics._rolling_std(values)
+    rolling = metrics.rolling_std(values, 50)
     assert np.isnan(rolling[:49]).all()
     assert rolling[49] == values[:50].std()
     assert rolling[119] == values[70:].std()
-    assert np.isnan(metrics._rolling_std(values[:10])).all()
+    assert np.isnan(metrics.rolling_std(values[:10], 50)).all()
 
 
 def test_a_plot_of_a_single_step_is_drawn(tmp_path):

@@ -1,0 +1,163 @@
+"""Configs trained to one budget and compared; `python -m jax_model5.compare A.yaml B.yaml`."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_model5 import data, metrics, sharding, tokenizer, train
+from jax_model5.compare import corpus, measure, plan, report, summary
+from jax_model5.compare.plan import Run
+from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors
+from jax_model5.objectives import n_last
+
+
+def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the --key value pairs for every config."""
+    parser = ArgumentParser(
+        prog="python -m jax_model5.compare",
+        description=__doc__,
+        epilog="Any other --key value is a key of the configs and holds for all of them.",
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml", help="what is compared")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each config; default 3")
+    budget = f"KIND=N, KIND of {', '.join(plan.BUDGETS)}; default: each config's own steps"
+    parser.add_argument("--budget", help=budget)
+    parser.add_argument("--out", required=True, help="folder of the runs and the page")
+    windows = "windows for the gradient noise, 0: do not measure it; default 256"
+    parser.add_argument("--noise_windows", type=int, default=256, help=windows)
+    options, rest = parser.parse_known_args(args)
+    if options.seeds < 1:
+        raise UserError(f"seeds={options.seeds}: must be at least 1")
+    least = measure.NOISE_WINDOWS
+    if options.noise_windows and (options.noise_windows < least or options.noise_windows % 8):
+        raise UserError(
+            f"noise_windows={options.noise_windows}: must be 0 or a multiple of 8, at least {least}"
+        )
+    return options, rest
+
+
+def main() -> None:
+    with one_line_errors():
+        options, overrides = parse_args(sys.argv[1:])
+        budget = plan.parse_budget(options.budget)
+        configs = plan.read_configs(options.configs, overrides)
+        out = Path(options.out).expanduser()
+        runs = plan.make_runs(configs, options.seeds, budget, out)
+        corpora = {name: data.load_corpus(config) for name, config in configs.items()}
+        train_all(runs, out)
+        figures = measure_all(runs, corpora, options.noise_windows, out)
+        result = {
+            "command": "python -m jax_model5.compare " + " ".join(sys.argv[1:]),
+            "machine": machine(),
+            "budget": options.budget,
+            "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
+            "steps": {run.name: run.config.steps for run in runs},
+            "cost_of_step": {name: plan.cost_of_step(config) for name, config in configs.items()},
+            "corpora": {name: statistics_of(configs[name], c) for name, c in corpora.items()},
+            "runs": figures,
+        }
+        result["summary"] = summary.summarize(figures, result["cost_of_step"])
+        result["levels"] = summary.levels(figures)
+        metrics.replace_text(out / "results.json", json.dumps(result, indent=1) + "\n")
+        report.write(result, {run.label: measure.seconds(run) for run in runs}, out)
+        print(f"written: {out}/index.html, its plots, and results.json")
+
+
+def train_all(runs: Sequence[Run], out: Path) -> None:
+    """Trains what is not finished, one run after the other.
+
+    Raises:
+      UserError: runs diverged; SystemExit where a signal stopped one, which is saved.
+    """
+    diverged = []
+    out.mkdir(parents=True, exist_ok=True)
+    for index, run in enumerate(runs, 1):
+        say(f"run {index}/{len(runs)}: {run.label}, {run.config.steps} steps")
+        sharding.set_up_jax(run.config)
+        with open(out / "train.log", "a") as log, contextlib.redirect_stdout(log):
+            code = train.train(run.config)
+        if code:
+            diverged.append(run.label)
+        elif len(measure.seconds(run)) < run.config.steps:
+            say("stopped and saved; the same command goes on")
+            raise SystemExit(0)
+    if diverged:
+        raise UserError(
+            f"optimizer.learning_rate: {', '.join(diverged)} diverged; lower it or leave that "
+            f"config out. The other runs are kept in {out}"
+        )
+
+
+def measure_all(
+    runs: Sequence[Run], corpora: dict[str, data.Corpus], n_windows: int, out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """{config: [each seed's figures]}; what was measured before is read again."""
+    ns = sorted({1, runs[0].config.model.seq_len, *(n_last(run.config) for run in runs)})
+    alone = {run.label: measure_run(run, corpora[run.name], n_windows, ns, out) for run in runs}
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in corpora}
+    for run in runs:
+        judges = [judge for judge in runs if judge.config.seed == run.config.seed]
+        prompts = measure.prompts(run, corpora[run.name])
+        found = dict(alone[run.label])
+        samples = found["text"]["samples"]
+        found["judged_by"] = {
+            judge.name: measure.nll_of_samples(judge, samples, prompts) for judge in judges
+        }
+        figures[run.name].append(found)
+    return figures
+
+
+def measure_run(
+    run: Run, corpus_: data.Corpus, n_windows: int, ns: Sequence[int], out: Path
+) -> dict[str, Any]:
+    path = out / "figures" / f"{run.label}.json"
+    asked = {"steps": run.config.steps, "noise_windows": n_windows, "ns": list(ns)}
+    if path.exists():
+        known = json.loads(path.read_text())
+        if known.pop("asked") == asked:
+            return known
+    say(f"measuring {run.label}")
+    sharding.set_up_jax(run.config)
+    encoding = tokenizer.load(run.config.data.tokenizer)
+    figures = {
+        "seed": run.config.seed,
+        **measure.curves(run),
+        "noise": measure.gradient_noise(run, corpus_, n_windows, ns) if n_windows else {},
+        "gap": measure.gap(run, corpus_),
+        "text": measure.samples_and_quality(run, corpus_, encoding),
+        "documents": measure.documents(run, corpus_, encoding.eot_token),
+    }
+    path.parent.mkdir(exist_ok=True)
+    metrics.replace_text(path, json.dumps({"asked": asked, **figures}))
+    return json.loads(json.dumps(figures))  # the same types, measured now or before
+
+
+def statistics_of(config: TrainConfig, found: data.Corpus) -> dict[str, Any]:
+    encoding = tokenizer.load(config.data.tokenizer)
+    return {"source": config.data.source, **corpus.statistics(found, encoding)}
+
+
+def machine() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Configs, seeds and one budget -> the runs to make, all tested on the same windows."""
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from jax_model5 import data, metrics, sharding
+from jax_model5.config import TrainConfig, UserError, parse
+from jax_model5.flops import step_flops
+from jax_model5.objectives import n_last
+from jax_model5.train import Programs
+
+BUDGETS = ("steps", "targets", "tokens", "flops", "seconds")
+EVALUATIONS = 20
+"""Test losses in a run."""
+_EQUAL_FIELDS = ("model.vocab_size", "model.seq_len", "data.tokenizer")
+_TIMED_STEPS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One config with one seed, trained to the budget in a folder of its own."""
+
+    name: str
+    config: TrainConfig
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-seed{self.config.seed}"
+
+
+def read_configs(paths: Sequence[str], overrides: Sequence[str]) -> dict[str, TrainConfig]:
+    """The configs by the stem of their file.
+
+    Raises:
+      UserError: a file that cannot be read, two of one name, configs that cannot be compared.
+    """
+    configs: dict[str, TrainConfig] = {}
+    for path in paths:
+        name = Path(path).stem
+        if name in configs:
+            raise UserError(f"{path!r}: two configs are called {name}; rename one")
+        configs[name] = parse(["--config", path, *overrides], "jax_model5.compare")
+    _require_comparable(configs)
+    return configs
+
+
+def _require_comparable(configs: dict[str, TrainConfig]) -> None:
+    first, *others = configs
+    for field in _EQUAL_FIELDS:
+        group, key = field.split(".")
+        values = {name: getattr(getattr(config, group), key) for name, config in configs.items()}
+        for name in others:
+            if values[name] != values[first]:
+                raise UserError(
+                    f"{field}={values[name]!r} in {name} and {values[first]!r} in {first}: their "
+                    "losses cannot be compared; make them equal"
+                )
+
+
+def parse_budget(text: str | None) -> tuple[str, float] | None:
+    """ "targets=1e6" -> ("targets", 1e6); None: every config's own steps."""
+    if text is None:
+        return None
+    kind, _, amount = text.partition("=")
+    try:
+        value = float(amount)
+    except ValueError:
+        value = math.nan
+    if kind not in BUDGETS or not 0 < value < math.inf:
+        raise UserError(
+            f"budget={text!r}: write KIND=N, N above 0 and KIND of {', '.join(BUDGETS)}"
+        )
+    return kind, value
+
+
+def cost_of_step(config: TrainConfig) -> dict[str, float]:
+    """What one step costs, in every kind of budget but seconds."""
+    tokens = config.batch_size * config.model.seq_len
+    targets = config.batch_size * n_last(config)
+    flops = sum(step_flops(config).values())
+    return {"steps": 1, "targets": targets, "tokens": tokens, "flops": flops}
+
+
+def make_runs(
+    configs: dict[str, TrainConfig],
+    n_seeds: int,
+    budget: tuple[str, float] | None,
+    out: Path,
+) -> list[Run]:
+    """Every config with every seed; the seeds are 0, 1, ...
+
+    Raises:
+      UserError: the budget buys no step of a config, or its batches do not make the test windows.
+    """
+    n_windows = max(config.eval_batches * config.batch_size for config in configs.values())
+    runs = []
+    for seed in range(n_seeds):
+        for name, config in configs.items():
+            if n_windows % config.batch_size:
+                raise UserError(
+                    f"batch_size={config.batch_size} in {name}: does not divide the {n_windows} "
+                    "test windows that all share; change batch_size or eval_batches"
+                )
+            n_steps = _steps(name, config, budget, out)
+            run = dataclasses.replace(
+                config,
+                seed=seed,
+                steps=n_steps,
+                eval_every=math.ceil(n_steps / EVALUATIONS),
+                eval_batches=n_windows // config.batch_size,
+                checkpoint_every=math.ceil(n_steps / 2),
+                workdir=str(out / "runs" / f"{name}-seed{seed}"),
+            )
+            runs.append(Run(name, run))
+    return runs
+
+
+def _steps(name: str, config: TrainConfig, budget: tuple[str, float] | None, out: Path) -> int:
+    if budget is None:
+        return config.steps
+    kind, amount = budget
+    costs = cost_of_step(config)
+    each = costs[kind] if kind in costs else _seconds_per_step(name, config, out)
+    if amount < each:
+        raise UserError(
+            f"budget={kind}={amount:g}: buys no step of {name}, which costs {each:.4g}; raise it"
+        )
+    return int(amount / each * (1 + 1e-12))  # 3 / 0.1 is 30 steps
+
+
+def _seconds_per_step(name: str, config: TrainConfig, out: Path) -> float:
+    """Measured once and remembered, so that a second start makes the same runs."""
+    path = out / "seconds_per_step.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if name not in known:
+        known[name] = time_steps(config)
+        out.mkdir(parents=True, exist_ok=True)
+        metrics.replace_text(path, json.dumps(known, indent=1) + "\n")
+    return known[name]
+
+
+def time_steps(config: TrainConfig, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median seconds of a few steps after the first."""
+    sharding.set_up_jax(config)
+    corpus, programs = data.load_corpus(config), Programs(config)
+    state, train_step, seconds = programs.init(programs.key), programs.compile_train(), []
+    for step in range(1 + _TIMED_STEPS):
+        batch = sharding.to_devices(programs.mesh, data.train_batch(corpus, config, step))
+        start = clock()
+        state, _ = jax.block_until_ready(train_step(state, programs.key, batch))
+        seconds.append(clock() - start)
+    return statistics.median(seconds[1:])

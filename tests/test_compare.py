@@ -1,0 +1,258 @@
+"""Comparing configs: equal budgets, runs that are reused, a kill that changes no number."""
+
+import dataclasses
+import json
+import math
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jax_model5.compare import __main__ as compare
+from jax_model5.compare import plan, report, summary
+from jax_model5.config import TrainConfig, UserError
+from tests.tiny import MODEL, TEXT, run, start
+
+CONFIG = TrainConfig(model=MODEL, batch_size=4, eval_batches=2)
+FINAL = CONFIG
+ALL = dataclasses.replace(CONFIG, objective="all_tokens")
+
+YAML = """
+objective: {objective}
+steps: 20
+batch_size: 4
+eval_batches: 2
+model: {{vocab_size: 257, seq_len: 64, d_model: 16, n_heads: 2, n_layers: 2}}
+data: {{source: {folder}/text.txt, tokenizer: bytes, cache_dir: {folder}/cache}}
+optimizer: {{learning_rate: 3e-3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "text.txt").write_text(TEXT)
+    paths = []
+    for objective in ("final_token", "all_tokens"):
+        paths.append(folder / f"{objective}.yaml")
+        paths[-1].write_text(YAML.format(objective=objective, folder=folder))
+    return [str(path) for path in paths]
+
+
+# ---- budgets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "final", "all_"),
+    [
+        ("steps=40", 40, 40),
+        ("targets=6400", 1600, 100),  # 4 targets a step against 4 x 16
+        ("tokens=6400", 100, 100),
+        ("seconds=3", 30, 3),
+    ],
+)
+def test_a_budget_is_shared_out_by_the_cost_of_a_step(budget, final, all_, tmp_path):
+    (tmp_path / "seconds_per_step.json").write_text('{"final": 0.1, "all": 1.0}')
+    runs = plan.make_runs({"final": FINAL, "all": ALL}, 2, plan.parse_budget(budget), tmp_path)
+    assert [(r.label, r.config.steps) for r in runs] == [
+        ("final-seed0", final),
+        ("all-seed0", all_),
+        ("final-seed1", final),
+        ("all-seed1", all_),
+    ]
+    assert {r.config.eval_batches * r.config.batch_size for r in runs} == {8}
+
+
+def test_equal_flops_are_equal():
+    budget = plan.parse_budget("flops=1e9")
+    runs = plan.make_runs({"final": FINAL, "all": ALL}, 1, budget, Path("nowhere"))
+    spent = [r.config.steps * plan.cost_of_step(r.config)["flops"] for r in runs]
+    costs = [plan.cost_of_step(r.config)["flops"] for r in runs]
+    assert all(1e9 - cost < total <= 1e9 for total, cost in zip(spent, costs, strict=True))
+    assert runs[0].config.steps > runs[1].config.steps
+
+
+def test_seconds_are_those_of_the_clock(tmp_path, configs):
+    """A step is timed after the first, which may compile."""
+    ticks = iter([0, 50, *(x for k in range(5) for x in (100 * k, 100 * k + 2))])
+    config = plan.read_configs(configs[:1], [])["final_token"]
+    assert plan.time_steps(config, clock=lambda: next(ticks)) == 2
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def test_the_common_level_is_where_the_worst_config_ends():
+    runs = {
+        "fast": [{"final_token_nll": [9, 5, 3], "all_token_nll": [9, 6, 5]}],
+        "slow": [{"final_token_nll": [9, 8, 7], "all_token_nll": [9, 5, 4]}],
+    }
+    assert summary.levels(runs) == {"final_token_nll": 7, "all_token_nll": 5}
+    assert summary.steps_to_reach(7, [10, 20, 30], [9, 5, 3]) == 15
+    assert summary.steps_to_reach(9.5, [10, 20, 30], [9, 5, 3]) == 10
+    assert math.isnan(summary.steps_to_reach(2, [10, 20, 30], [9, 5, 3]))
+
+
+def test_a_seed_that_never_gets_there_is_said():
+    assert report.value_of(summary.over_seeds([1.0, math.nan]), ".2f") == "not by all"
+    assert report.value_of(summary.over_seeds([1.0, 3.0]), ".2f") == "2.00 ± 1.41"
+    assert report.value_of(summary.over_seeds([1.0]), ".2f") == "1.00"
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def arguments(configs, out):
+    return [*configs, "--seeds", "2", "--noise_windows", "24", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, configs):
+    out = tmp_path_factory.mktemp("finished")
+    code, stdout, err = run(*arguments(configs, out), module="jax_model5.compare")
+    assert code == 0, err
+    assert "written" in stdout
+    return out
+
+
+def test_the_result_holds_every_figure(finished):
+    result = json.loads((finished / "results.json").read_text())
+    assert set(result["runs"]) == {"final_token", "all_tokens"}
+    for name, seeds in result["runs"].items():
+        assert [figures["seed"] for figures in seeds] == [0, 1]
+        for figures in seeds:
+            assert len(figures["train_loss"]) == 20
+            assert figures["step"] == list(range(1, 21))
+            assert set(figures["noise"]["end"]) == {"1", "64"}
+            assert set(figures["judged_by"]) == {"final_token", "all_tokens"}
+        first = [seeds[0][metric] for metric in summary.METRICS]
+        assert first != [seeds[1][metric] for metric in summary.METRICS], "the seed did nothing"
+        assert result["summary"][name]["final_token_nll"]["std"] > 0
+    ends = [
+        result["summary"][name]["all_token_nll"]["mean"] for name in ("all_tokens", "final_token")
+    ]
+    assert ends[0] < ends[1], "sixty-four targets a sequence learn slower than one"
+
+
+def test_the_page_is_whole_in_itself(finished):
+    page = (finished / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for part in ("Learning speed", "Stability", "Fit for generation", "Compute cost", "tr Σ"):
+        assert part in page
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
+
+
+def test_a_second_start_reuses_everything(finished, configs):
+    def times():
+        kept = [p for p in finished.rglob("*") if p.is_file() and p.parent != finished]
+        return {path: path.stat().st_mtime_ns for path in kept}
+
+    before, result = times(), (finished / "results.json").read_bytes()
+    code, _, err = run(*arguments(configs, finished), module="jax_model5.compare")
+    assert code == 0, err
+    assert "measuring" not in err
+    assert times() == before
+    assert (finished / "results.json").read_bytes() == result
+
+
+@pytest.mark.parametrize("at", ["training", "measuring"])
+def test_a_kill_changes_no_number(finished, configs, tmp_path, at):
+    """SIGKILL in the middle of a run, or of the measurements after it."""
+    process = start(*arguments(configs, tmp_path), module="jax_model5.compare")
+    log = tmp_path / "runs/all_tokens-seed0/metrics.jsonl"
+    figures = tmp_path / "figures/final_token-seed0.json"
+
+    def is_time():
+        if at == "measuring":
+            return figures.exists()
+        return log.exists() and len(log.read_text().splitlines()) > 10
+
+    while not is_time():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "results.json").exists()
+    code, _, err = run(*arguments(configs, tmp_path), module="jax_model5.compare")
+    assert code == 0, err
+    found, expected = (
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path, finished)
+    )
+    assert found.pop("command") != expected.pop("command")  # it names the folder
+    assert found == expected
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(finished, configs, tmp_path):
+    process = start(*arguments(configs, tmp_path), "--steps", "3000", module="jax_model5.compare")
+    log = tmp_path / "runs/final_token-seed0/metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "the same command goes on" in err
+
+
+def test_a_run_that_diverges_is_named_and_the_others_are_kept(configs, tmp_path):
+    wild = tmp_path / "wild.yaml"
+    text = (
+        Path(configs[0])
+        .read_text()
+        .replace("learning_rate: 3e-3", "name: sgd, learning_rate: 1e30")
+    )
+    wild.write_text(text)
+    out = tmp_path / "out"
+    args = [str(wild), configs[0], "--seeds", "1", "--out", str(out)]
+    code, _, err = run(*args, module="jax_model5.compare")
+    assert code == 2
+    assert re.match(r"error: optimizer\.learning_rate: wild-seed0 diverged", err.splitlines()[-1])
+    assert "Traceback" not in err
+    assert (out / "runs/final_token-seed0/checkpoints/20").is_dir()
+    assert not (out / "results.json").exists()
+
+
+BAD = {
+    "no config": ([], "CONFIG.yaml"),
+    "a missing file": (["none.yaml"], "config='none.yaml': No such file"),
+    "one name twice": (["{0}", "{0}"], "two configs are called final_token"),
+    "another vocabulary": (["{0}", "{other}"], "model.vocab_size=300 in other and 257 in"),
+    "a budget of 0": (["{0}", "--budget", "steps=0"], "budget='steps=0'"),
+    "an unknown budget": (["{0}", "--budget", "joules=3"], "budget='joules=3': write KIND=N"),
+    "a budget without a number": (["{0}", "--budget", "steps"], "budget='steps'"),
+    "a budget below a step": (["{0}", "--budget", "tokens=3"], "buys no step of final_token"),
+    "no seeds": (["{0}", "--seeds", "0"], "seeds=0"),
+    "too few windows": (["{0}", "--noise_windows", "8"], "noise_windows=8"),
+    "unknown key": (["{0}", "--model.width", "3"], "model.width='3': unknown key"),
+    "other windows": (["{0}", "{odd}"], "batch_size=3 in odd: does not divide the 8 test windows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, configs, tmp_path, monkeypatch, capsys):
+    args, part = BAD[name]
+    names = {"other": tmp_path / "other.yaml", "odd": tmp_path / "odd.yaml"}
+    text = Path(configs[0]).read_text()
+    names["other"].write_text(text.replace("257", "300"))
+    names["odd"].write_text(text.replace("batch_size: 4", "batch_size: 3"))
+    out = tmp_path / "out"
+    argv = [arg.format(configs[0], **names) for arg in args]
+    monkeypatch.setattr(sys, "argv", ["compare", *argv, "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(err.splitlines()) == 1, err
+    assert part in err
+    assert not out.exists()
+
+
+def test_configs_that_can_be_compared_may_differ_in_the_rest():
+    plan._require_comparable({"a": FINAL, "b": ALL})
+    shorter = dataclasses.replace(FINAL, model=dataclasses.replace(MODEL, seq_len=8))
+    with pytest.raises(UserError, match=r"model\.seq_len=8"):
+        plan._require_comparable({"a": FINAL, "b": shorter})
