@@ -1,8 +1,10 @@
-"""Host side only: the JSONL log, the progress line, and the curves as a PNG."""
+"""Host side only: the JSONL log, the progress line, the curves, and where they were measured."""
 
 import json
 import math
 import os
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,26 @@ def rolling_std(values: np.ndarray, n: int) -> np.ndarray:
         return np.full(len(values), math.nan)
     windows = np.lib.stride_tricks.sliding_window_view(values, n)
     return np.concatenate([np.full(n - 1, math.nan), windows.std(axis=1)])
+
+
+# ---- what a reader needs to judge a measurement -------------------------------------------------
+
+
+def commit() -> str | None:
+    """The commit of this source tree, or None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

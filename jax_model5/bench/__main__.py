@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from jax_model5 import metrics
 from jax_model5.bench import cases, measure, report
 from jax_model5.bench.generation import measure_generation
 from jax_model5.bench.peers import course, ended, ours, tuned
@@ -83,7 +84,7 @@ def main() -> None:
         config = configure(options, platform_of_jax())
         out = make_folder(options.out)
         load_corpus(config)  # tokenized before any clock runs
-        commit = _commit()
+        commit = metrics.commit()
         with tempfile.TemporaryDirectory() as scratch:
             measure_it = sweep if options.sweep else write_text if options.generate else compare
             result = {"commit": commit, **measure_it(options, config, Path(scratch))}
@@ -288,7 +289,7 @@ def about(
             "device": program.about["device"],
             "platform": program.about["platform"],
             "n_devices": program.about["n_devices"],
-            "processor": _processor(),
+            "processor": metrics.processor(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             **versions,
@@ -301,25 +302,6 @@ def about(
             name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES") if name in os.environ
         },
     }
-
-
-def _commit() -> str | None:
-    """The commit of this source tree, or None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

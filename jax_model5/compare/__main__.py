@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,7 @@ def main() -> None:
         figures = measure_all(runs, corpora, options.noise_windows, out)
         result = {
             "command": "python -m jax_model5.compare " + " ".join(sys.argv[1:]),
+            "commit": metrics.commit(),
             "machine": machine(),
             "budget": options.budget,
             "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
@@ -150,6 +152,8 @@ def machine() -> dict[str, Any]:
     packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     return {
         "device": jax.devices()[0].device_kind,
+        "processor": metrics.processor(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         **packages,
     }
