@@ -214,6 +214,41 @@ def test_the_loss_and_every_gradient_are_the_same(shape, tmp_path):
     assert max(jax.tree.leaves(errors)) <= TOLERANCE["float64"], errors
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_text_is_the_same_token_for_token(shape, tmp_path):
+    """A batch of prompts of three lengths here, one after the other there, to the window's end."""
+    model = gpt2(SHAPES[shape], "float64")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Blocks that outweigh the embedding: a text that does not repeat one token.
+            parameter.sub_(0.1).mul_(1 if "wte" in name else 8)
+    config, params = imported(saved(model, tmp_path / "theirs"), tmp_path / "ours")
+    L = config.model.seq_len
+    prompts = [
+        row[:length].tolist()
+        for row, length in zip(tokens_of(config.model), (1, 2, 4), strict=True)
+    ]
+    tokens = generate.generate(
+        params,
+        prompts,
+        jax.random.key(0),
+        config=config.model,
+        sampling=generate.Sampling(greedy=True),
+        n_tokens=L - 4,
+    )
+    ours = np.array(list(tokens)).T
+    for row, prompt in zip(ours, prompts, strict=True):
+        there = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=L - 4,
+            pad_token_id=0,
+        )[0, len(prompt) :]
+        assert row.tolist() == there.tolist()
+    assert len({*ours.ravel().tolist()}) > 2, "too monotonous to tell"
+
+
 def test_two_kernels_in_each_others_place_are_seen(tmp_path, monkeypatch):
     model = gpt2(SMALL)
     weights = saved(model, tmp_path / "theirs")
