@@ -24,7 +24,7 @@ from jax_model5.config import (
     config_of_run,
     one_line_errors,
 )
-from jax_model5.model import Model5
+from jax_model5.model import Model5, extend, unstack
 from jax_model5.sharding import set_up_jax
 from jax_model5.step import SAMPLE, abstract_params
 
@@ -81,49 +81,43 @@ def draw(key: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> jax.Array
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
 def prefill(
-    params: dict,
+    unstacked: dict,
     key: jax.Array,
     tokens_BxL: jax.Array,
     lengths_B: jax.Array,
     *,
     config: ModelConfig,
     sampling: Sampling,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, list]:
     """The token that follows each row's first `lengths_B`, and the KV cache, in one pass."""
     start_B = jnp.zeros_like(lengths_B)
-    x_BxLxD, cache = _extend({"params": params}, tokens_BxL, start_B, config)
+    cache: list = [{}] * config.n_layers
+    x_BxLxD, cache = extend(unstacked, cache, tokens_BxL, start_B, config)
     last_Bx1xD = jnp.take_along_axis(x_BxLxD, lengths_B[:, None, None] - 1, axis=1)
-    return draw(key, _logits(params, last_Bx1xD, config), sampling), cache
+    return draw(key, logits(unstacked, last_Bx1xD, config), sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
 def decode(
-    params: dict,
-    cache: Any,
+    unstacked: dict,
+    cache: list,
     key: jax.Array,
     token_B: jax.Array,
     position_B: jax.Array,
     *,
     config: ModelConfig,
     sampling: Sampling,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, list]:
     """The token that follows `token_B`, which stands at `position_B`, and the longer cache."""
-    variables = {"params": params, "cache": cache}
-    x_Bx1xD, cache = _extend(variables, token_B[:, None], position_B, config)
-    return draw(key, _logits(params, x_Bx1xD, config), sampling), cache
+    x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], position_B, config)
+    return draw(key, logits(unstacked, x_Bx1xD, config), sampling), cache
 
 
-def _extend(
-    variables: dict, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, Any]:
-    apply: Callable[..., Any] = Model5(config).apply
-    x_BxTxD, changed = apply(variables, tokens_BxT, start_B, method="extend", mutable=["cache"])
-    return x_BxTxD, changed["cache"]
-
-
-def _logits(params: dict, x_Bx1xD: jax.Array, config: ModelConfig) -> jax.Array:
-    apply: Callable[..., Any] = Model5(config).apply
-    return apply({"params": params}, x_Bx1xD, method="head")[:, 0]
+def logits(unstacked: dict, x_Bx1xD: jax.Array, config: ModelConfig) -> jax.Array:
+    """logits_BxV of features."""
+    tables = {name: unstacked[name] for name in ("wte", "wpe")}
+    head: Callable[..., Any] = functools.partial(Model5(config).apply, method="head")
+    return head({"params": tables}, x_Bx1xD)[:, 0]
 
 
 # ---- many tokens --------------------------------------------------------------------------------
@@ -148,17 +142,17 @@ def generate(
     """
     rows, cache = [list(prompt) for prompt in prompts], None
     is_done_B = np.zeros(len(rows), bool)
-    key = jax.random.fold_in(key, SAMPLE)
+    key, unstacked = jax.random.fold_in(key, SAMPLE), jax.jit(unstack)(params)
     how = {"config": config, "sampling": sampling}
     for index in range(n_tokens):
         step_key = jax.random.fold_in(key, index)
         lengths_B = np.array([len(row) for row in rows], np.int32)
         if cache is None or lengths_B.max() > config.seq_len:
             tokens_BxL, lengths_B = _windows(rows, config.seq_len)
-            token_B, cache = prefill(params, step_key, tokens_BxL, lengths_B, **how)
+            token_B, cache = prefill(unstacked, step_key, tokens_BxL, lengths_B, **how)
         else:
             last_B = np.array([row[-1] for row in rows], np.int32)
-            token_B, cache = decode(params, cache, step_key, last_B, lengths_B - 1, **how)
+            token_B, cache = decode(unstacked, cache, step_key, last_B, lengths_B - 1, **how)
         new_B = np.where(is_done_B, end, token_B)
         for row, token in zip(rows, new_B, strict=True):
             row.append(token)

@@ -212,6 +212,9 @@ class QKV(nn.Module):
         dtype = at_least_float32(c.dtype)
         kernel_Dx3D = self.param("kernel", kernel_init(c), (D, 3 * D), dtype).astype(c.dtype)
         bias_3D = self.param("bias", bias_init(c, D), (3 * D,), dtype).astype(c.dtype)
+        if n_last == x_BxLxD.shape[1]:
+            qkv_BxLx3D = matmul(x_BxLxD, kernel_Dx3D) + bias_3D
+            return qkv_BxLx3D[..., :D], qkv_BxLx3D[..., D : 2 * D], qkv_BxLx3D[..., 2 * D :]
         q_BxNxD = matmul(x_BxLxD[:, -n_last:], kernel_Dx3D[:, :D]) + bias_3D[:D]
         kv_BxLx2D = matmul(x_BxLxD, kernel_Dx3D[:, D:]) + bias_3D[D:]
         return q_BxNxD, kv_BxLx2D[..., :D], kv_BxLx2D[..., D:]
@@ -299,15 +302,13 @@ _SAVED = {
 }
 
 
-def run_block(
-    config: ModelConfig, n_last: int, start_B: jax.Array | None, *, deterministic: bool
-) -> Callable:
+def run_block(config: ModelConfig, n_last: int, *, deterministic: bool) -> Callable:
     """(block, x_BxLxD, _) -> (x_BxNxD, None), as `nn.scan` wants it, rematerialized or not."""
 
     def run(block: Block, x_BxLxD: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return block(x_BxLxD, n_last, deterministic=deterministic, start_B=start_B), None
+        return block(x_BxLxD, n_last, deterministic=deterministic), None
 
-    if config.remat == "none" or start_B is not None:
+    if config.remat == "none":
         return run
     return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=False)
 
@@ -341,42 +342,25 @@ class Model5(nn.Module):
 
     def features(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
         """The final layer norm's output x_BxNxD."""
-        x_BxLxD = self.wte_VxD[tokens_BxL] + self.wpe_LxD[: tokens_BxL.shape[1]]
-        x_BxLxD = self.drop(x_BxLxD.astype(self.config.dtype), deterministic=deterministic)
-        return self.ln_f(self._blocks(x_BxLxD, n_last, None, deterministic=deterministic))
-
-    def extend(self, tokens_BxT: jax.Array, start_B: jax.Array) -> jax.Array:
-        """Features x_BxTxD of T more tokens of each row; the first of them has position start_B.
-
-        Reads the keys and values of the positions before them from the collection `cache`, which
-        has to be mutable, and adds theirs: the same numbers as a forward pass over all.
-        """
-        T = tokens_BxT.shape[1]
-        positions_BxT = start_B[:, None] + jnp.arange(T)
-        x_BxTxD = (self.wte_VxD[tokens_BxT] + self.wpe_LxD[positions_BxT]).astype(self.config.dtype)
-        return self.ln_f(self._blocks(x_BxTxD, T, start_B, deterministic=True))
-
-    def _blocks(
-        self, x_BxLxD: jax.Array, n_last: int, start_B: jax.Array | None, *, deterministic: bool
-    ) -> jax.Array:
-        """x_BxNxD after all blocks; with start_B they use the cache."""
-        c, L = self.config, x_BxLxD.shape[1]
+        c, L = self.config, tokens_BxL.shape[1]
+        x_BxLxD = (self.wte_VxD[tokens_BxL] + self.wpe_LxD[:L]).astype(c.dtype)
+        x_BxLxD = self.drop(x_BxLxD, deterministic=deterministic)
         if c.n_layers > 1:
             # One compiled block for all. A shallow trunk is unrolled: 1.1 times faster on a CPU.
             # XLA may then keep what remat "dots" would compute again.
             depth = c.n_layers - 1
             is_unrolled = depth <= _UNROLLED and c.remat != "full"
             scan = nn.scan(
-                run_block(c, L, start_B, deterministic=deterministic),
-                variable_axes={"params": 0, "masks": 0, "cache": 0},
+                run_block(c, L, deterministic=deterministic),
+                variable_axes={"params": 0, "masks": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=depth,
                 unroll=depth if is_unrolled else 1,
             )
             x_BxLxD, _ = scan(self.trunk, x_BxLxD, None)
-        run = run_block(c, n_last, start_B, deterministic=deterministic)
+        run = run_block(c, n_last, deterministic=deterministic)
         x_BxNxD, _ = run(self.last_block, x_BxLxD, None)
-        return x_BxNxD
+        return self.ln_f(x_BxNxD)
 
     def head(self, x_BxNxD: jax.Array) -> jax.Array:
         """Tied head: logits_BxNxV = x wte^T [/ sqrt(D)]."""
@@ -390,3 +374,39 @@ class Model5(nn.Module):
         )
         logits_BxNxV = logits_MxV.reshape(*x_BxNxD.shape[:-1], -1)
         return logits_BxNxV / math.sqrt(c.d_model) if c.scale_logits else logits_BxNxV
+
+
+# ---- a few more tokens: the KV cache ------------------------------------------------------------
+
+
+def unstack(params: dict) -> dict:
+    """The same parameters, `blocks` one by one instead of `trunk` and `last_block`.
+
+    A block cut from the stack is a copy. Generation cuts once, not for every token.
+    """
+    trunk, last = params.get("trunk"), params["last_block"]
+    depth = 0 if trunk is None else jax.tree.leaves(trunk)[0].shape[0]
+    blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)]
+    return {name: params[name] for name in ("wte", "wpe", "ln_f")} | {"blocks": [*blocks, last]}
+
+
+def extend(
+    unstacked: dict, cache: list, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, list]:
+    """Features x_BxTxD of T more tokens of each row, the first of them at position start_B.
+
+    Each block's cache holds the keys and values [B, H, L, K] of the positions before them, and is
+    returned with theirs added; [{}] * n_layers before the first tokens. The numbers are those of
+    one forward pass over all tokens.
+    """
+    positions_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+    x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][positions_BxT]).astype(config.dtype)
+    block: Callable[..., Any] = functools.partial(Block(config).apply, mutable=["cache"])
+    longer = []
+    for params, kept in zip(unstacked["blocks"], cache, strict=True):
+        variables = {"params": params, "cache": kept}
+        T = tokens_BxT.shape[1]
+        x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, start_B=start_B)
+        longer.append(changed["cache"])
+    ln_f: Callable[..., Any] = layer_norm(config, None).apply
+    return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer

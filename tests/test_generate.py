@@ -19,9 +19,6 @@ FLOAT64 = dataclasses.replace(MODEL, dtype="float64")
 PROMPTS = [[1, 2, 3], [200], list(range(40, 52))]  # of three lengths; the window holds 16
 
 
-_STATIC = ("n_last", "deterministic", "method", "mutable")
-
-
 @functools.cache
 def params_of(config=MODEL):
     state = step.init_state(jax.random.key(0), config=TrainConfig(model=config))
@@ -57,18 +54,18 @@ def re_forward(prompts, n_tokens, config=MODEL):
 
 def cached_error(shift=0):
     """Distance of cached logits from those of one forward pass; `shift` misplaces the tokens."""
-    apply = jax.jit(model.Model5(FLOAT64).apply, static_argnames=_STATIC)
-    extend = functools.partial(apply, method="extend", mutable=("cache",))
-    variables = {"params": params_of(FLOAT64)}
+    extend = jax.jit(functools.partial(model.extend, config=FLOAT64))
+    params, unstacked = params_of(FLOAT64), model.unstack(params_of(FLOAT64))
     rows, tokens = np.arange(2), np.random.default_rng(0).integers(0, 257, (2, 16))
-    full = apply(variables, tokens, n_last=16, deterministic=True)
+    apply = functools.partial(model.Model5(FLOAT64).apply, n_last=16, deterministic=True)
+    full = jax.jit(apply)({"params": params}, tokens)
     errors = []
     # Nine tokens at once, of which the second row's last two are padding; then one by one.
-    _, cache = extend(variables, tokens[:, :9], np.zeros(2, int))
+    _, cache = extend(unstacked, [{}] * FLOAT64.n_layers, tokens[:, :9], np.zeros(2, int))
     for position in range(9, 16):
         start = np.array([position, position - 2])
-        x, cache = extend(variables | cache, tokens[rows, start][:, None], start + shift)
-        logits = apply(variables, x, method="head")[:, 0]
+        x, cache = extend(unstacked, cache, tokens[rows, start][:, None], start + shift)
+        logits = generate.logits(unstacked, x, FLOAT64)
         errors.append(np.abs(logits - full[rows, start]).max())
     return max(errors) / np.abs(full).max()
 
