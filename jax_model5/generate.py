@@ -218,10 +218,12 @@ def main() -> None:
             end=encoding.eot_token,
         )
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # it is any text
+        times = [time.perf_counter()]
         if len(prompts) == 1:
-            write_one(timed(tokens), options.prompt[0], encoding)
+            write_one(stamped(tokens, times), options.prompt[0], encoding)
         else:
-            write_all(timed(tokens), options.prompt, encoding)
+            write_all(stamped(tokens, times), options.prompt, encoding)
+        print(speed(times, len(prompts)), file=sys.stderr)
 
 
 def encode_prompt(text: str, encoding: tiktoken.Encoding, config: TrainConfig) -> list[int]:
@@ -262,19 +264,19 @@ def write_all(
         print(f"--- prompt {index + 1}\n{prompt}{text}")
 
 
-def timed(tokens: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same tokens; when they end, their speed on standard error."""
-    start = time.perf_counter()
-    first, n_tokens = start, 0
+def stamped(tokens: Iterator[np.ndarray], times: list[float]) -> Iterator[np.ndarray]:
+    """The same tokens; the time of each is added to `times`."""
     for token_B in tokens:
-        n_tokens += len(token_B)
-        if n_tokens == len(token_B):
-            first = time.perf_counter()
-            n_first = n_tokens
+        times.append(time.perf_counter())
         yield token_B
-    seconds = time.perf_counter() - first
-    rate = f", then {(n_tokens - n_first) / seconds:,.1f} tokens/s" if n_tokens > n_first else ""
-    print(f"first token after {first - start:.1f} s{rate}", file=sys.stderr)
+
+
+def speed(times: Sequence[float], n_prompts: int) -> str:
+    """What the start and the time of each token tell."""
+    start, first, *_, last = *times, times[-1]
+    n_more = (len(times) - 2) * n_prompts
+    more = f", then {n_more / (last - first):,.1f} tokens/s" if n_more else ""
+    return f"first token after {first - start:.1f} s{more}"
 
 
 if __name__ == "__main__":
