@@ -13,6 +13,7 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
@@ -86,7 +87,7 @@ class Checkpoints:
         abstract = flax.serialization.to_state_dict(abstract_state)
 
         def read(saved: ocp.CheckpointManager, step: int) -> tuple[dict, dict[str, Any]]:
-            meta = _read_meta(saved, step)
+            meta = read_meta(saved, step)
             _require_same_run(meta, config, fingerprint)
             return _read_state(saved, step, abstract, meta), meta
 
@@ -97,7 +98,8 @@ class Checkpoints:
                 raise _all_damaged("workdir", config.workdir, damaged, mend)
             return None
         tree, meta = newest
-        _note_versions(meta)
+        if changes := version_changes(meta):
+            print(changes, file=sys.stderr)
         self._move_aside(damaged, int(tree["step"]))
         return flax.serialization.from_state_dict(abstract_state, tree)
 
@@ -139,15 +141,25 @@ def read_params(
     if not folder.is_dir():
         raise UserError(f"{field}={workdir!r}: holds no checkpoints/; name the folder of a run")
 
-    def read(saved: ocp.CheckpointManager, step: int) -> dict:
-        return _read_state(saved, step, {"params": abstract}, _read_meta(saved, step))
+    def read(saved: ocp.CheckpointManager, at: int) -> dict:
+        return _read_state(saved, at, {"params": abstract}, read_meta(saved, at))
 
     newest, damaged = _newest_whole(folder, read, step)
     if newest is None and damaged:
         raise _all_damaged(field, workdir, damaged, "name another run")
     if newest is None:
-        raise UserError(f"{field}={workdir!r}: has saved no checkpoint yet; name another run")
+        what = (
+            "has saved no checkpoint yet" if step is None else f"has no checkpoint of step {step}"
+        )
+        raise UserError(f"{field}={workdir!r}: {what}; name another run")
     return newest["params"]
+
+
+def open_saved(folder: Path) -> ocp.CheckpointManager:
+    """The checkpoints in a folder, only to be read; a context manager."""
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
 
 
 def _newest_whole(
@@ -155,9 +167,7 @@ def _newest_whole(
 ) -> tuple[Any, list[int]]:
     """What `read` makes of the newest step that is not damaged, if any; and the damaged ones."""
     damaged: list[int] = []
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options) as saved:
+    with open_saved(folder) as saved:
         for step in sorted(saved.all_steps(), reverse=True):
             if only not in (None, step):
                 continue
@@ -176,7 +186,7 @@ def _all_damaged(field: str, workdir: str, damaged: list[int], mend: str) -> Use
     return UserError(f"{field}={workdir!r}: none of its checkpoints {damaged} can be read; {mend}")
 
 
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
@@ -185,18 +195,32 @@ def _read_state(
 ) -> dict:
     """The leaves of `abstract`, which may be a part of the state; ValueError where bits changed."""
     # Orbax casts a wrong dtype without a word, so compare before it reads.
-    found, wanted = _leaves(manager.item_metadata(step).state.tree), _leaves(abstract)
+    found, wanted = leaves_of(manager.item_metadata(step).state.tree), leaves_of(abstract)
     if "opt_state" not in abstract:
         found = {name: leaf for name, leaf in found.items() if name in wanted}
-    _require_same_shapes(found, wanted)
+    if wrong := shape_changes(found, wanted):
+        raise UserError(f"the checkpoint does not fit the model: {'; '.join(wrong)}")
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     restore = ocp.args.PyTreeRestore(abstract, arguments, partial_restore=True)
     tree = manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    sums = _checksums(tree)
+    _require_same_bits(_checksums(tree), meta)
+    return tree
+
+
+def read_whole(manager: ocp.CheckpointManager, step: int) -> dict[str, np.ndarray]:
+    """Every leaf of a step in the host's memory, by its path; ValueError where bits changed."""
+    tree = manager.item_metadata(step).state.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
+    state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
+    _require_same_bits(_checksums(state), read_meta(manager, step))
+    return leaves_of(state)
+
+
+def _require_same_bits(sums: dict[str, int], meta: dict[str, Any]) -> None:
     wrong = [leaf for leaf in sums if sums[leaf] != meta["checksums"][leaf]]
     if wrong:
         raise ValueError(f"the bits of {', '.join(wrong[:3])} changed on disk")
-    return tree
 
 
 def config_changes(stored: dict[str, Any], config: TrainConfig) -> list[str]:
@@ -226,20 +250,21 @@ def _require_same_run(meta: dict[str, Any], config: TrainConfig, fingerprint: st
         )
 
 
-def _require_same_shapes(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def shape_changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The leaves, by their paths, whose shape or dtype is another, as "wte is ... there"."""
+
     def kind(leaf: Any) -> str:
         return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
-    wrong = [
+    return [
         f"{name} is {kind(found.get(name))} there and {kind(wanted.get(name))} here"
         for name in sorted(found.keys() | wanted.keys())
         if kind(found.get(name)) != kind(wanted.get(name))
     ]
-    if wrong:
-        raise UserError(f"the checkpoint does not fit the model: {'; '.join(wrong)}")
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def leaves_of(tree: Any) -> dict[str, Any]:
+    """{"params/trunk/fc/kernel": leaf, ...}"""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -254,15 +279,15 @@ def _bit_sums(tree: Any) -> Any:
 
 def _checksums(tree: Any) -> dict[str, int]:
     """Sum of each leaf's bits mod 2**32, on any number of devices: Orbax itself keeps none."""
-    return {name: int(bit_sum) for name, bit_sum in _leaves(_bit_sums(tree)).items()}
+    return {name: int(bit_sum) for name, bit_sum in leaves_of(_bit_sums(tree)).items()}
 
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def _note_versions(meta: dict[str, Any]) -> None:
+def version_changes(meta: dict[str, Any]) -> str:
+    """What is installed and was not when the checkpoint was written; empty where nothing is."""
     before, now = meta["packages"], _versions()
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-    if changes:
-        print("packages changed, the last bits may differ:", ", ".join(changes), file=sys.stderr)
+    return f"packages changed, the last bits may differ: {', '.join(changes)}" if changes else ""

@@ -235,6 +235,8 @@ class TrainConfig:
             divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}"
         )
         _require(self.workdir != "", "workdir", self.workdir, "name a folder")
+        paths = 'name parameters, or "*" for all'
+        _require(self.init_leaves.strip() != "", "init_leaves", self.init_leaves, paths)
 
     @property
     def test_metric(self) -> str:

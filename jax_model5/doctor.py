@@ -5,13 +5,11 @@ of the report.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import fcntl
 import functools
 import glob
 import importlib.metadata
-import io
 import os
 import platform
 import sys
@@ -419,22 +417,20 @@ def is_locked(folder: Path) -> bool:
 
 def checkpoints(workdir: Path, config: TrainConfig | None) -> Iterator[Finding]:
     """Every checkpoint, newest first; the newest whole one against the config."""
-    import orbax.checkpoint as ocp
+    from jax_model5 import checkpoint
 
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         yield Finding(NOTE, "checkpoints", f"{workdir} has none yet")
         return
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options) as saved:
+    with checkpoint.open_saved(folder) as saved:
         steps = sorted(saved.all_steps(), reverse=True)
         if not steps:
             yield Finding(NOTE, "checkpoints", f"{folder} holds none yet")
         for step in steps:
             what = f"checkpoint {step}"
             try:
-                state, meta = _read(saved, step)
+                state, meta = checkpoint.read_whole(saved, step), checkpoint.read_meta(saved, step)
             except Exception as error:  # Orbax and tensorstore raise many kinds
                 if not (folder / str(step)).exists():
                     continue  # a run that goes on has removed it meanwhile
@@ -442,33 +438,11 @@ def checkpoints(workdir: Path, config: TrainConfig | None) -> Iterator[Finding]:
                 yield Finding(BAD, what, f"is damaged ({_reason(error)}); {mend}")
                 continue
             yield Finding(OK, what, f"{_size(_bytes_of(folder / str(step)))}, {_holds(state)}")
-            yield from _packages_of(what, meta)
+            if changes := checkpoint.version_changes(meta):
+                yield Finding(NOTE, what, changes)
             if config is not None:
-                yield from _restores(workdir, config, step, meta)
+                yield _restores(config, step, state, meta)
                 config = None  # only from the newest whole one does a run go on
-
-
-def _read(saved: Any, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The whole state by leaf, in the host's memory, and the meta; ValueError where bits changed.
-
-    A leaf's checksum is the sum of its bits mod 2**32, as `checkpoint.py` stores it.
-    """
-    import jax
-    import orbax.checkpoint as ocp
-
-    tree = saved.item_metadata(step).state.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    state = ocp.args.PyTreeRestore(restore_args=as_numpy)
-    items = ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
-    restored = saved.restore(step, args=items)
-    paths, _ = jax.tree.flatten_with_path(restored.state)
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
-    stored = restored.meta["checksums"]
-    for name in sorted(leaves.keys() | stored.keys()):
-        bits = np.atleast_1d(leaves[name]).view(np.uint32)
-        if int(bits.sum(dtype=np.uint32)) != stored[name]:
-            raise ValueError(f"the bits of {name} changed on disk")
-    return leaves, restored.meta
 
 
 def _holds(state: dict[str, np.ndarray]) -> str:
@@ -478,42 +452,26 @@ def _holds(state: dict[str, np.ndarray]) -> str:
     return f"whole: {sum(params):,} parameters in {leaves}"
 
 
-def _packages_of(what: str, meta: dict[str, Any]) -> Iterator[Finding]:
-    changes = [
-        f"{name} {then} -> {_version(name)}"
-        for name, then in meta["packages"].items()
-        if _version(name) != then
-    ]
-    if changes:
-        text = f"packages changed since, the last bits may differ: {', '.join(changes)}"
-        yield Finding(NOTE, what, text)
-
-
 def _restores(
-    workdir: Path, config: TrainConfig, step: int, meta: dict[str, Any]
-) -> Iterator[Finding]:
-    from jax_model5.checkpoint import config_changes, read_params
-    from jax_model5.step import abstract_params
+    config: TrainConfig, step: int, state: dict[str, np.ndarray], meta: dict[str, Any]
+) -> Finding:
+    """Whether training goes on from this checkpoint; imported weights are only a start."""
+    import flax.serialization
 
+    from jax_model5.checkpoint import config_changes, leaves_of, shape_changes
+
+    if not any(name.startswith("opt_state/") for name in state):
+        text = f"checkpoint {step} holds weights only: start from them with --init_from"
+        return Finding(NOTE, "restore", text)
+    wanted = leaves_of(flax.serialization.to_state_dict(abstract_state(config)))
     changes = config_changes(meta["config"], config)
-    mend = "set these back, or name another workdir"
-    if changes:
-        text = f"checkpoint {step} has other numbers ({'; '.join(changes)}); {mend}"
-        yield Finding(BAD, "restore", text)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # damaged steps have lines of their own
-            read_params(str(workdir), abstract_params(config))
-    except UserError as error:
-        first, *more = str(error).split("; ")
-        others = f"; {len(more)} more" if more else ""
-        yield Finding(BAD, "restore", f"{first}{others}; {mend}")
-    else:
-        if not changes:
-            yield Finding(
-                OK,
-                "restore",
-                f"the config goes on from checkpoint {step}; its text is compared then",
-            )
+    first, *more = [*changes, *shape_changes(state, wanted), ""]
+    if first:
+        others = f"; {len(more) - 1} more" if len(more) > 1 else ""
+        text = f"checkpoint {step} is another run's ({first}{others}); set it back, or name another"
+        return Finding(BAD, "restore", f"{text} workdir")
+    text = f"the config goes on from checkpoint {step}; its text is compared then"
+    return Finding(OK, "restore", text)
 
 
 if __name__ == "__main__":

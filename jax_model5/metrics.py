@@ -12,7 +12,10 @@ import numpy as np
 import rich.console
 import rich.progress
 
-_ROLLING_STEPS = 50
+from jax_model5.config import UserError
+
+ROLLING_STEPS = 50
+"""Over which the standard deviation of the training loss is taken [steps]."""
 
 
 class MetricsLog:
@@ -46,6 +49,16 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def make_folder(name: str) -> Path:
+    """The folder of a command's `--out`. Raises UserError where it cannot be made."""
+    out = Path(name).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={name!r}: {error.strerror}; name another folder") from None
+    return out
 
 
 class ProgressLine:
@@ -107,13 +120,13 @@ def plot(records: list[dict[str, Any]], vocab_size: int, test_metric: str, path:
     losses.axhline(uniform, color="0.5", linestyle=":", label=f"ln V = {uniform:.2f}")
     losses.set_ylabel(f"{test_metric.replace('_', ' ')} [nats]")
     losses.legend(loc="upper right")
-    spread.plot(steps, rolling_std(loss, _ROLLING_STEPS), color="C2")
-    spread.set_ylabel(f"std of {_ROLLING_STEPS} steps")
+    spread.plot(steps, rolling_std(loss), color="C2")
+    spread.set_ylabel(f"std of {ROLLING_STEPS} steps")
     spread.set_xlabel("optimizer step")
     figure.savefig(path, dpi=100)
 
 
-def rolling_std(values: np.ndarray, n: int) -> np.ndarray:
+def rolling_std(values: np.ndarray, n: int = ROLLING_STEPS) -> np.ndarray:
     """Standard deviation of the last n values, NaN until there are as many."""
     if len(values) < n:
         return np.full(len(values), math.nan)

@@ -88,6 +88,8 @@ def join_processes() -> None:
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     variables = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+    if jax.distributed.is_initialized():
+        return
     if variables[0] in os.environ:
         try:
             address, count, index = (os.environ[name] for name in variables)

@@ -152,20 +152,27 @@ def main() -> int:
     with one_line_errors():
         config = parse(sys.argv[1:], "jax_model5.train")
         sharding.set_up_jax(config)
-        try:
+        with disk_and_memory_errors(config):
             return train(config)
-        except OSError as error:
-            raise UserError(
-                f"workdir={config.workdir!r}: {error.strerror or error}; make room or name another "
-                "folder. What was saved is kept"
-            ) from None
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"batch_size={config.batch_size}: the devices' memory is too small; raise "
-                f"accumulate={config.accumulate}, or lower batch_size"
-            ) from None
+
+
+@contextlib.contextmanager
+def disk_and_memory_errors(config: TrainConfig) -> Iterator[None]:
+    """A full disk or device as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"workdir={config.workdir!r}: {error.strerror or error}; make room or name another "
+            "folder. What was saved is kept"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"batch_size={config.batch_size}: the devices' memory is too small; raise "
+            f"accumulate={config.accumulate}, or lower batch_size"
+        ) from None
 
 
 def train(config: TrainConfig) -> int:

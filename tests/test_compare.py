@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 import time
@@ -54,14 +55,15 @@ def configs(tmp_path_factory):
         ("seconds=3", 30, 3),
     ],
 )
-def test_a_budget_is_shared_out_by_the_cost_of_a_step(budget, final, all_, tmp_path):
-    (tmp_path / "seconds_per_step.json").write_text('{"final": 0.1, "all": 1.0}')
+def test_a_budget_is_shared_out_by_the_cost_of_a_step(budget, final, all_, tmp_path, monkeypatch):
+    times = {"final_token": 0.1, "all_tokens": 1.0}
+    monkeypatch.setattr(plan, "time_steps", lambda config: times[config.objective])
     runs = plan.make_runs({"final": FINAL, "all": ALL}, 2, plan.parse_budget(budget), tmp_path)
     assert [(r.label, r.config.steps) for r in runs] == [
-        ("final-seed0", final),
-        ("all-seed0", all_),
-        ("final-seed1", final),
-        ("all-seed1", all_),
+        (f"final-seed0-{final}", final),
+        (f"all-seed0-{all_}", all_),
+        (f"final-seed1-{final}", final),
+        (f"all-seed1-{all_}", all_),
     ]
     assert {r.config.eval_batches * r.config.batch_size for r in runs} == {8}
 
@@ -85,19 +87,41 @@ def test_seconds_are_those_of_the_clock(tmp_path, configs):
 # ---- statistics ---------------------------------------------------------------------------------
 
 
-def test_the_common_level_is_where_the_worst_config_ends():
-    runs = {
-        "fast": [{"final_token_nll": [9, 5, 3], "all_token_nll": [9, 6, 5]}],
-        "slow": [{"final_token_nll": [9, 8, 7], "all_token_nll": [9, 5, 4]}],
-    }
-    assert summary.levels(runs) == {"final_token_nll": 7, "all_token_nll": 5}
-    assert summary.steps_to_reach(7, [10, 20, 30], [9, 5, 3]) == 15
+def test_every_run_reaches_the_common_level():
+    """Of three seeds one ends above their mean: the level is where the last run ends."""
+
+    def run(*losses):
+        return {"step": [10, 20, 30], "final_token_nll": losses, "all_token_nll": losses}
+
+    runs = {"fast": [run(9, 5, 3), run(9, 5, 4)], "slow": [run(9, 8, 6), run(9, 8, 7)]}
+    assert summary.levels(runs) == {"final_token_nll": 7, "all_token_nll": 7}
+    steps = [
+        summary.steps_to_reach(7, r["step"], r["final_token_nll"])
+        for seeds in runs.values()
+        for r in seeds
+    ]
+    assert steps == [15, 15, 25, 30]
     assert summary.steps_to_reach(9.5, [10, 20, 30], [9, 5, 3]) == 10
     assert math.isnan(summary.steps_to_reach(2, [10, 20, 30], [9, 5, 3]))
 
 
-def test_a_seed_that_never_gets_there_is_said():
-    assert report.value_of(summary.over_seeds([1.0, math.nan]), ".2f") == "not by all"
+def test_the_noise_scale_of_seeds_is_no_mean_of_ratios():
+    """One seed's |G|² is near 0 by chance: its own ratio would be all of the mean."""
+    seeds = [{"trace": 2.0, "squared_norm": norm, "scale": 2 / norm} for norm in (1e-9, 2.0)]
+    runs = [
+        {
+            **{"step": [1], "final_token_nll": [1.0], "all_token_nll": [1.0], "train_std": 0.0},
+            **{"noise": {"end": {"1": noise}}, "gap": {}, "text": {}, "documents": {}},
+            "judged_by": {},
+        }
+        for noise in seeds
+    ]
+    found = summary.summarize({"a": runs}, {"a": {"flops": 1.0}})["a"]
+    assert found["noise/end/1/scale"]["mean"] == pytest.approx(2.0)
+
+
+def test_a_value_and_its_spread():
+    assert report.value_of(summary.over_seeds([1.0, math.nan]), ".2f") == "-"
     assert report.value_of(summary.over_seeds([1.0, 3.0]), ".2f") == "2.00 ± 1.41"
     assert report.value_of(summary.over_seeds([1.0]), ".2f") == "1.00"
 
@@ -143,7 +167,10 @@ def test_the_page_is_whole_in_itself(finished):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for part in ("Learning speed", "Stability", "Fit for generation", "Compute cost", "tr Σ"):
         assert part in page
-    assert "nan" not in re.sub(r"base64,[^\"]*", "", page)
+    text = re.sub(r"base64,[^\"]*", "", page)
+    assert "nan" not in text
+    speed = text.split("Learning speed")[1].split("</table>")[0]
+    assert "<td>-</td>" not in speed, "a run does not reach what all reach"
 
 
 def test_a_second_start_reuses_everything(finished, configs):
@@ -163,8 +190,8 @@ def test_a_second_start_reuses_everything(finished, configs):
 def test_a_kill_changes_no_number(finished, configs, tmp_path, at):
     """SIGKILL in the middle of a run, or of the measurements after it."""
     process = start(*arguments(configs, tmp_path), module="jax_model5.compare")
-    log = tmp_path / "runs/all_tokens-seed0/metrics.jsonl"
-    figures = tmp_path / "figures/final_token-seed0.json"
+    log = tmp_path / "runs/all_tokens-seed0-20/metrics.jsonl"
+    figures = tmp_path / "figures/final_token-seed0-20.json"
 
     def is_time():
         if at == "measuring":
@@ -186,16 +213,32 @@ def test_a_kill_changes_no_number(finished, configs, tmp_path, at):
     assert found == expected
 
 
-def test_a_signal_stops_it_and_the_same_command_goes_on(finished, configs, tmp_path):
-    process = start(*arguments(configs, tmp_path), "--steps", "3000", module="jax_model5.compare")
-    log = tmp_path / "runs/final_token-seed0/metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 5:
+def test_a_signal_in_the_second_half_stops_it_and_the_same_command_goes_on(configs, tmp_path):
+    """The stop saves a checkpoint of its own; the middle one, which is measured, stays."""
+    args = [*configs[:1], "--seeds", "1", "--noise_windows", "24", "--out", tmp_path]
+    args += ["--steps", "600", "--keep", "1"]
+    process = start(*args, module="jax_model5.compare")
+    log = tmp_path / "runs/final_token-seed0-600/metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 350:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "the same command goes on" in err
+    code, _, err = run(*args, module="jax_model5.compare")
+    assert code == 0, err
+    result = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert set(result["runs"]["final_token"][0]["noise"]) == {"middle", "end"}
+
+
+def test_another_budget_in_the_same_folder_is_another_run(finished, configs, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    args = [*arguments(configs, tmp_path / "out"), "--steps", "30", "--accumulate", "4"]
+    code, _, err = run(*args, module="jax_model5.compare")
+    assert code == 0, err
+    result = json.loads((tmp_path / "out/results.json").read_text())
+    assert [len(r["train_loss"]) for r in result["runs"]["final_token"]] == [30, 30]
 
 
 def test_a_run_that_diverges_is_named_and_the_others_are_kept(configs, tmp_path):
@@ -210,9 +253,11 @@ def test_a_run_that_diverges_is_named_and_the_others_are_kept(configs, tmp_path)
     args = [str(wild), configs[0], "--seeds", "1", "--out", str(out)]
     code, _, err = run(*args, module="jax_model5.compare")
     assert code == 2
-    assert re.match(r"error: optimizer\.learning_rate: wild-seed0 diverged", err.splitlines()[-1])
+    assert re.match(
+        r"error: optimizer\.learning_rate: wild-seed0-20 diverged", err.splitlines()[-1]
+    )
     assert "Traceback" not in err
-    assert (out / "runs/final_token-seed0/checkpoints/20").is_dir()
+    assert (out / "runs/final_token-seed0-20/checkpoints/20").is_dir()
     assert not (out / "results.json").exists()
 
 
@@ -249,6 +294,24 @@ def test_bad_input_is_one_line(name, configs, tmp_path, monkeypatch, capsys):
     assert len(err.splitlines()) == 1, err
     assert part in err
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(configs, tmp_path):
+    (tmp_path / "file").write_text("")
+    args = [configs[0], "--out", tmp_path / "file/out"]
+    code, _, err = run(*args, module="jax_model5.compare")
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"error: out='{tmp_path}/file/out': Not a directory")
+
+
+def test_float64_and_float32_can_be_compared(configs, tmp_path):
+    double = tmp_path / "double.yaml"
+    double.write_text(
+        Path(configs[0]).read_text().replace("n_layers: 2", "n_layers: 2, dtype: float64")
+    )
+    args = [str(double), configs[0], "--seeds", "1", "--noise_windows", "0", "--steps", "4"]
+    code, _, err = run(*args, "--out", tmp_path / "out", module="jax_model5.compare")
+    assert code == 0, err
 
 
 def test_configs_that_can_be_compared_may_differ_in_the_rest():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_model5 import tokenizer
-from jax_model5.compare import corpus as C
+from jax_model5.compare import heterogeneity as C
 from jax_model5.data import Corpus, load_corpus
 from tests.tiny import TEXT, tiny
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jax_model5 import model, objectives, step
+from jax_model5 import model, step
 from jax_model5.compare import noise
 from jax_model5.config import TrainConfig, UserError
 from tests.tiny import MODEL, with_model, with_optimizer
@@ -159,10 +159,8 @@ def params(config: TrainConfig = CONFIG) -> dict:
     return jax.jit(functools.partial(step.init_state, config=config))(jax.random.key(0)).params
 
 
-def measured(config: TrainConfig = CONFIG, dropout_key=None, batch_size: int = BATCH) -> dict:
-    return noise.measure(
-        params(), windows(), config, batch_size=batch_size, dropout_key=dropout_key
-    ).as_dict()
+def measured(config: TrainConfig = CONFIG, batch_size: int = BATCH) -> dict:
+    return noise.measure(params(), windows(), config, batch_size=batch_size).as_dict()
 
 
 def brute_force(gradients_MxP: np.ndarray, batch_size: int) -> dict[str, float]:
@@ -224,22 +222,6 @@ def test_batches_of_one_sequence_have_the_same_noise_per_sequence():
     assert ours["trace"] == pytest.approx(measured()["trace"], rel=0.3)  # not 3 times larger
 
 
-def test_with_a_key_dropout_is_noise_and_both_passes_draw_the_same_masks():
-    config = with_model(CONFIG, dropout=0.5)
-
-    def loss(params, windows_BxL1, index):
-        key = jax.random.fold_in(KEY, index)
-        fields = {"n_last": 1, "deterministic": False, "dropout_key": key}
-        return objectives.window_nll(params, windows_BxL1, config, **fields).mean()
-
-    grad = jax.jit(lambda *args: ravel_pytree(jax.grad(loss)(params(), *args))[0])
-    batches = windows().reshape(N_BATCHES, BATCH, -1)
-    gradients_MxP = np.array([grad(batch, index) for index, batch in enumerate(batches)])
-    ours = measured(config, KEY)
-    assert ours == pytest.approx(brute_force(gradients_MxP, BATCH), rel=1e-10)
-    assert ours["trace"] > 1.05 * measured(config)["trace"]
-
-
 def test_last_k_reaches_from_the_final_token_to_all_tokens():
     of = {
         (objective, k): measured(dataclasses.replace(CONFIG, objective=objective, last_k=k))
@@ -262,7 +244,7 @@ def test_frozen_parameters_have_no_noise():
 def test_float32_is_the_float64_noise_to_rounding():
     config = with_model(CONFIG, dtype="float32")
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params())
-    ours = noise.measure(weights, windows(), config, batch_size=BATCH, dropout_key=None)
+    ours = noise.measure(weights, windows(), config, batch_size=BATCH)
     assert ours.as_dict() == pytest.approx(measured(), rel=6e-6)  # measured 1.4e-6
 
 

@@ -21,7 +21,14 @@ from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
 from torch_ref.generate import generate
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
-from torch_ref.step import autocast, eval_step, make_optimizer, make_scheduler, train_step
+from torch_ref.step import (
+    autocast,
+    eval_step,
+    make_optimizer,
+    make_scheduler,
+    require_plain,
+    train_step,
+)
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 200  # as in jax_model5/bench/cases.py
 
@@ -105,6 +112,7 @@ def main() -> None:
         if variant not in ("course", "eager", "compile"):
             raise UserError(f"{variant!r}: the first argument is course, eager or compile")
         config = parse(args, "torch_ref.bench")
+        require_plain(config)
         corpus = data.load_corpus(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
@@ -130,11 +138,16 @@ def main() -> None:
         "precision": torch.get_float32_matmul_precision(),
         "versions": {"torch": torch.__version__},
     }
+
+    def write_text() -> torch.Tensor:
+        with autocast(prompt_1xT, config):
+            return generate(model, prompt_1xT, NEW_TOKENS)
+
     prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
     runs = {
         "step": run_step,
         "eval": lambda: timed(lambda: eval_step(model, test_batch, config)),
-        "generate": lambda: timed(lambda: generate(model, prompt_1xT, NEW_TOKENS)),
+        "generate": lambda: timed(write_text),
     }
     first_batch = torch.from_numpy(data.train_batch(corpus, config, 0)).to(device)
     serve(about, runs, lambda path: initial_loss(model, first_batch, config, path))

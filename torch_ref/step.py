@@ -6,9 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from jax_model5.config import OptimizerConfig, TrainConfig
+from jax_model5.config import OptimizerConfig, TrainConfig, UserError
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
+
+
+def require_plain(config: TrainConfig) -> None:
+    """Raises UserError for what the reference does not have."""
+    if config.init_from or config.optimizer.freeze:
+        raise UserError("init_from, optimizer.freeze: the reference has neither; leave them out")
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -11,16 +11,19 @@ import torch
 from jax_model5 import data
 from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
 from torch_ref.model import Model5
-from torch_ref.step import eval_step, make_optimizer, make_scheduler, train_step
+from torch_ref.step import (
+    eval_step,
+    make_optimizer,
+    make_scheduler,
+    require_plain,
+    train_step,
+)
 
 
 def main() -> int:
     with one_line_errors():
         config = parse(sys.argv[1:], "torch_ref.train")
-        if config.init_from or config.optimizer.freeze:
-            raise UserError(
-                "init_from, optimizer.freeze: the reference has neither; leave them out"
-            )
+        require_plain(config)
         corpus = data.load_corpus(config)
         try:
             workdir = Path(config.workdir).expanduser()

@@ -27,6 +27,7 @@ from jax_model5.bench.rounds import (
     in_turn,
     ratio,
     require_equal_losses,
+    require_one_device,
     say,
     summary,
 )
@@ -82,7 +83,7 @@ def main() -> None:
     with one_line_errors():
         options = parse_args(sys.argv[1:])
         config = configure(options, platform_of_jax())
-        out = make_folder(options.out)
+        out = metrics.make_folder(options.out)
         load_corpus(config)  # tokenized before any clock runs
         commit = metrics.commit()
         with tempfile.TemporaryDirectory() as scratch:
@@ -113,21 +114,14 @@ def platform_of_jax() -> str:
 def configure(options: argparse.Namespace, platform_name: str) -> TrainConfig:
     config = cases.case(options.case, platform_name)
     dtypes = options.dtype or [config.model.dtype]
-    if len(dtypes) > 1 and (options.sweep or platform_name == "tpu"):
-        raise UserError(f"dtype={dtypes[1]!r}: a sweep and a TPU take one --dtype at a time")
+    if len(dtypes) > 1 and (options.sweep or options.generate or platform_name == "tpu"):
+        raise UserError(
+            f"dtype={dtypes[1]!r}: a sweep, a text and a TPU take one --dtype at a time"
+        )
     fields = {name: getattr(options, name) for name in ("objective", "accumulate")}
     config = dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
     config = cases.with_model(config, dtype=dtypes[0])
     return cases.with_model(config, remat=options.remat) if options.remat else config
-
-
-def make_folder(name: str) -> Path:
-    out = Path(name).expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out={name!r}: {error.strerror}; name another folder") from None
-    return out
 
 
 def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
@@ -152,8 +146,8 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
             cold[programs[-1].name] = cold_start(programs[-1], weights[dtype])
             programs[-1] = ours(config, dtype, scratch)
             say(f"{programs[-1].name}: warm start, {programs[-1].first_step_s:.1f} s")
-        if options.peer and programs[0].about["n_devices"] > 1:
-            raise UserError("peer: PyTorch's side uses one device; show JAX one as well")
+        if options.peer:
+            require_one_device(programs[0])
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             say(f"{programs[-1].name}: first step done")

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax_model5.bench.cases import NEW_TOKENS
 from jax_model5.bench.peers import course, ended, ours
-from jax_model5.bench.rounds import in_turn, ratio, summary
+from jax_model5.bench.rounds import in_turn, ratio, require_one_device, summary
 from jax_model5.config import TrainConfig
 
 
@@ -17,6 +17,7 @@ def measure_generation(
     programs = [ours(config, dtype, scratch)]
     with ended(programs):
         if "course" in peers:
+            require_one_device(programs[0])
             programs.append(course(config, dtype, scratch))
         requests = {p.name: {"generate": 1} for p in programs}
         times = {name: t["generate"] for name, t in in_turn(programs, rounds, requests).items()}

@@ -120,6 +120,12 @@ def fraction(achieved: float, peak: float, of: str) -> float:
     return achieved / peak
 
 
+def require_one_device(program: Program) -> None:
+    """Raises UserError where our program uses more devices than a peer would."""
+    if program.about["n_devices"] > 1:
+        raise UserError("peer: PyTorch's side uses one device; show JAX one as well")
+
+
 def require_equal_losses(losses: Mapping[str, float], dtype: str) -> None:
     """Raises UserError where losses at the same weights show that the work is not the same."""
     (first, expected), *others = losses.items()

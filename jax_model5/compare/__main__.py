@@ -15,9 +15,9 @@ from typing import Any
 import jax
 
 from jax_model5 import data, metrics, sharding, tokenizer, train
-from jax_model5.compare import corpus, measure, plan, report, summary
+from jax_model5.compare import heterogeneity, measure, plan, report, summary
 from jax_model5.compare.plan import Run
-from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors
+from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors, to_yaml
 from jax_model5.objectives import n_last
 
 
@@ -54,6 +54,7 @@ def main() -> None:
         out = Path(options.out).expanduser()
         runs = plan.make_runs(configs, options.seeds, budget, out)
         corpora = {name: data.load_corpus(config) for name, config in configs.items()}
+        metrics.make_folder(options.out)
         train_all(runs, out)
         figures = measure_all(runs, corpora, options.noise_windows, out)
         result = {
@@ -64,13 +65,14 @@ def main() -> None:
             "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
             "steps": {run.name: run.config.steps for run in runs},
             "cost_of_step": {name: plan.cost_of_step(config) for name, config in configs.items()},
-            "corpora": {name: statistics_of(configs[name], c) for name, c in corpora.items()},
+            "corpora": statistics_of(configs, corpora),
             "runs": figures,
         }
         result["summary"] = summary.summarize(figures, result["cost_of_step"])
         result["levels"] = summary.levels(figures)
-        metrics.replace_text(out / "results.json", json.dumps(result, indent=1) + "\n")
         report.write(result, {run.label: measure.seconds(run) for run in runs}, out)
+        text = json.dumps(summary.without_nan(result), indent=1, allow_nan=False)
+        metrics.replace_text(out / "results.json", text + "\n")
         print(f"written: {out}/index.html, its plots, and results.json")
 
 
@@ -81,11 +83,16 @@ def train_all(runs: Sequence[Run], out: Path) -> None:
       UserError: runs diverged; SystemExit where a signal stopped one, which is saved.
     """
     diverged = []
-    out.mkdir(parents=True, exist_ok=True)
     for index, run in enumerate(runs, 1):
         say(f"run {index}/{len(runs)}: {run.label}, {run.config.steps} steps")
         sharding.set_up_jax(run.config)
-        with open(out / "train.log", "a") as log, contextlib.redirect_stdout(log):
+        if jax.process_count() > 1:
+            raise UserError("JAX_NUM_PROCESSES: a comparison is of one process; unset it")
+        with (
+            train.disk_and_memory_errors(run.config),
+            open(out / "train.log", "a") as log,
+            contextlib.redirect_stdout(log),
+        ):
             code = train.train(run.config)
         if code:
             diverged.append(run.label)
@@ -104,25 +111,22 @@ def measure_all(
 ) -> dict[str, list[dict[str, Any]]]:
     """{config: [each seed's figures]}; what was measured before is read again."""
     ns = sorted({1, runs[0].config.model.seq_len, *(n_last(run.config) for run in runs)})
-    alone = {run.label: measure_run(run, corpora[run.name], n_windows, ns, out) for run in runs}
-    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in corpora}
-    for run in runs:
-        judges = [judge for judge in runs if judge.config.seed == run.config.seed]
-        prompts = measure.prompts(run, corpora[run.name])
-        found = dict(alone[run.label])
-        samples = found["text"]["samples"]
-        found["judged_by"] = {
-            judge.name: measure.nll_of_samples(judge, samples, prompts) for judge in judges
-        }
-        figures[run.name].append(found)
-    return figures
+    figures = {run.label: measure_run(run, corpora[run.name], n_windows, ns, out) for run in runs}
+    for judge in runs:
+        sharding.set_up_jax(judge.config)
+        for run in runs:
+            if run.config.seed == judge.config.seed:
+                prompts = measure.prompts(run, corpora[run.name])
+                nll = measure.nll_of_samples(judge, figures[run.label]["text"]["samples"], prompts)
+                figures[run.label].setdefault("judged_by", {})[judge.name] = nll
+    return {name: [figures[r.label] for r in runs if r.name == name] for name in corpora}
 
 
 def measure_run(
     run: Run, corpus_: data.Corpus, n_windows: int, ns: Sequence[int], out: Path
 ) -> dict[str, Any]:
     path = out / "figures" / f"{run.label}.json"
-    asked = {"steps": run.config.steps, "noise_windows": n_windows, "ns": list(ns)}
+    asked = {"config": to_yaml(run.config), "noise_windows": n_windows, "ns": list(ns)}
     if path.exists():
         known = json.loads(path.read_text())
         if known.pop("asked") == asked:
@@ -143,9 +147,19 @@ def measure_run(
     return json.loads(json.dumps(figures))  # the same types, measured now or before
 
 
-def statistics_of(config: TrainConfig, found: data.Corpus) -> dict[str, Any]:
-    encoding = tokenizer.load(config.data.tokenizer)
-    return {"source": config.data.source, **corpus.statistics(found, encoding)}
+def statistics_of(
+    configs: dict[str, TrainConfig], corpora: dict[str, data.Corpus]
+) -> dict[str, dict[str, Any]]:
+    """The figures of each config's text, computed once for each text."""
+    known: dict[tuple[str, int], dict[str, float]] = {}
+    found = {}
+    for name, text in corpora.items():
+        key = text.fingerprint, text.n_train
+        if key not in known:
+            encoding = tokenizer.load(configs[name].data.tokenizer)
+            known[key] = heterogeneity.statistics(text, encoding)
+        found[name] = {"source": configs[name].data.source, **known[key]}
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -12,15 +12,13 @@ import tiktoken
 
 from jax_model5 import data, metrics
 from jax_model5.checkpoint import read_params
-from jax_model5.compare import corpus as corpora
-from jax_model5.compare import noise, text
+from jax_model5.compare import heterogeneity, noise, text
 from jax_model5.compare.plan import Run
 from jax_model5.config import TrainConfig
 from jax_model5.generate import Sampling, generate
 from jax_model5.objectives import window_nll
 from jax_model5.step import abstract_params
 
-ROLLING_STEPS = 50
 SAMPLES, SAMPLE_TOKENS = 8, 64
 _NOISE_BATCH = 8
 NOISE_WINDOWS = 3 * _NOISE_BATCH
@@ -33,7 +31,7 @@ def curves(run: Run) -> dict[str, Any]:
     records = metrics.read(Path(run.config.workdir, "metrics.jsonl"))
     evals = [record for record in records if record["kind"] == "eval"]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
-    rolling = metrics.rolling_std(np.array(losses), min(ROLLING_STEPS, len(losses)))
+    rolling = metrics.rolling_std(np.array(losses), min(metrics.ROLLING_STEPS, len(losses)))
     return {
         "step": [record["step"] for record in evals],
         "final_token_nll": [record["final_token_nll"] for record in evals],
@@ -76,6 +74,7 @@ def gradient_noise(
         run.config,
         seed=_FRESH_SEED,
         batch_size=n_windows,
+        accumulate=1,
         data=dataclasses.replace(run.config.data, sampling="random"),
     )
     windows_RxL1 = data.train_batch(corpus, drawn, 0)
@@ -90,7 +89,6 @@ def gradient_noise(
                 windows_RxL1,
                 _same_program(objective),
                 batch_size=_NOISE_BATCH,
-                dropout_key=None,
             ).as_dict()
     return found
 
@@ -101,7 +99,7 @@ def gradient_noise(
 def gap(run: Run, corpus: data.Corpus) -> dict[str, float]:
     """Test minus training NLL at the end [nats], both with dropout off, on windows equally many."""
     test = data.test_batches(corpus, run.config).reshape(-1, run.config.model.seq_len + 1)
-    drawn = dataclasses.replace(run.config, seed=_FRESH_SEED, batch_size=len(test))
+    drawn = dataclasses.replace(run.config, seed=_FRESH_SEED, batch_size=len(test), accumulate=1)
     train = data.train_batch(corpus, drawn, 0)
     L = run.config.model.seq_len
     test_RxL, train_RxL = (nll_of_windows(run.config, part, L) for part in (test, train))
@@ -176,4 +174,4 @@ def documents(run: Run, corpus: data.Corpus, end_of_text: int) -> dict[str, floa
     starts = np.arange(0, len(test_T) - L, L)
     windows_RxL1 = test_T[starts[:, None] + np.arange(L + 1)]
     nll_T = nll_of_windows(run.config, windows_RxL1, L).astype(np.float64).ravel()
-    return corpora.document_spread(nll_T, windows_RxL1[:, 1:].ravel(), end_of_text)
+    return heterogeneity.document_spread(nll_T, windows_RxL1[:, 1:].ravel(), end_of_text)

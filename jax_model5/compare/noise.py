@@ -111,18 +111,12 @@ def unbiased(
 
 
 def measure(
-    params: dict,
-    windows_RxL1: np.ndarray,
-    config: TrainConfig,
-    *,
-    batch_size: int,
-    dropout_key: jax.Array | None,
+    params: dict, windows_RxL1: np.ndarray, config: TrainConfig, *, batch_size: int
 ) -> Noise:
     """Noise of the gradient of the config's objective, from R windows in batches of batch_size.
 
-    The windows must be i.i.d., as `train_batch` draws them under data.sampling=random. Without a
-    `dropout_key` dropout is off, so that all scatter comes from the data, as in the paper. With
-    one, each sequence's masks are part of its noise, as in training, and G is the mean over masks.
+    The windows must be i.i.d., as `train_batch` draws them under data.sampling=random. Dropout is
+    off, so that all scatter comes from the data, as in the paper.
 
     Two passes, because the gradients themselves (each as large as the parameters) are not kept.
 
@@ -135,10 +129,9 @@ def measure(
     batches_MxBxL1 = windows_RxL1.reshape(-1, batch_size, windows_RxL1.shape[1])
 
     def gradients() -> Iterator[dict]:
-        for index, windows_BxL1 in enumerate(batches_MxBxL1):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        for windows_BxL1 in batches_MxBxL1:
             # Waits, because calls that run ahead would each hold a gradient.
-            yield jax.block_until_ready(_gradient(params, windows_BxL1, key, config=config))
+            yield jax.block_until_ready(_gradient(params, windows_BxL1, config=config))
 
     total = functools.reduce(_add, gradients())
     M = len(batches_MxBxL1)
@@ -148,21 +141,13 @@ def measure(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _gradient(
-    params: dict, windows_BxL1: jax.Array, key: jax.Array | None, *, config: TrainConfig
-) -> dict:
+def _gradient(params: dict, windows_BxL1: jax.Array, *, config: TrainConfig) -> dict:
     """Gradient of the batch's mean NLL, of the parameters that are not frozen."""
     moving, frozen = split_frozen(params, config.optimizer)
 
     def loss(moving: dict) -> jax.Array:
-        return window_nll(
-            merge(moving, frozen),
-            windows_BxL1,
-            config,
-            n_last=n_last(config),
-            deterministic=key is None,
-            dropout_key=key,
-        ).mean()
+        params, n = merge(moving, frozen), n_last(config)
+        return window_nll(params, windows_BxL1, config, n_last=n, deterministic=True).mean()
 
     return jax.grad(loss)(moving)
 

@@ -1,6 +1,7 @@
 """Configs, seeds and one budget -> the runs to make, all tested on the same windows."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import statistics
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 
 from jax_model5 import data, metrics, sharding
-from jax_model5.config import TrainConfig, UserError, parse
+from jax_model5.config import TrainConfig, UserError, parse, to_yaml
 from jax_model5.flops import step_flops
 from jax_model5.objectives import n_last
 from jax_model5.train import Programs
@@ -21,6 +22,7 @@ EVALUATIONS = 20
 """Test losses in a run."""
 _EQUAL_FIELDS = ("model.vocab_size", "model.seq_len", "data.tokenizer")
 _TIMED_STEPS = 5
+_KEEP_ALL = 10**6  # checkpoints: the middle one is measured, also after a stop saved another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"{self.name}-seed{self.config.seed}"
+        return f"{self.name}-seed{self.config.seed}-{self.config.steps}"
 
 
 def read_configs(paths: Sequence[str], overrides: Sequence[str]) -> dict[str, TrainConfig]:
@@ -108,18 +110,22 @@ def make_runs(
                     f"batch_size={config.batch_size} in {name}: does not divide the {n_windows} "
                     "test windows that all share; change batch_size or eval_batches"
                 )
-            n_steps = _steps(name, config, budget, out)
-            run = dataclasses.replace(
-                config,
-                seed=seed,
-                steps=n_steps,
-                eval_every=math.ceil(n_steps / EVALUATIONS),
-                eval_batches=n_windows // config.batch_size,
-                checkpoint_every=math.ceil(n_steps / 2),
-                workdir=str(out / "runs" / f"{name}-seed{seed}"),
-            )
-            runs.append(Run(name, run))
+            run = dataclasses.replace(config, seed=seed, steps=_steps(name, config, budget, out))
+            runs.append(_test_and_save(Run(name, run), n_windows, out))
     return runs
+
+
+def _test_and_save(run: Run, n_windows: int, out: Path) -> Run:
+    """The run that is tested on all windows and saved in its middle and at its end."""
+    config = dataclasses.replace(
+        run.config,
+        eval_every=math.ceil(run.config.steps / EVALUATIONS),
+        eval_batches=n_windows // run.config.batch_size,
+        checkpoint_every=math.ceil(run.config.steps / 2),
+        keep=_KEEP_ALL,
+        workdir=str(out / "runs" / run.label),
+    )
+    return Run(run.name, config)
 
 
 def _steps(name: str, config: TrainConfig, budget: tuple[str, float] | None, out: Path) -> int:
@@ -137,13 +143,13 @@ def _steps(name: str, config: TrainConfig, budget: tuple[str, float] | None, out
 
 def _seconds_per_step(name: str, config: TrainConfig, out: Path) -> float:
     """Measured once and remembered, so that a second start makes the same runs."""
-    path = out / "seconds_per_step.json"
+    path = metrics.make_folder(str(out)) / "seconds_per_step.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    if name not in known:
-        known[name] = time_steps(config)
-        out.mkdir(parents=True, exist_ok=True)
+    key = f"{name} {hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]}"
+    if key not in known:
+        known[key] = time_steps(config)
         metrics.replace_text(path, json.dumps(known, indent=1) + "\n")
-    return known[name]
+    return known[key]
 
 
 def time_steps(config: TrainConfig, clock: Callable[[], float] = time.perf_counter) -> float:

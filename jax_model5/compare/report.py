@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from jax_model5 import metrics, tokenizer
 from jax_model5.compare.summary import METRICS
+from jax_model5.generate import text_of
 
 _HEAD = (
-    '<!doctype html><meta charset="utf-8"><title>Objectives compared</title><style>'
+    '<!doctype html><meta charset="utf-8"><title>Runs compared</title><style>'
     "body{font:15px sans-serif;margin:2em auto;max-width:75em}td,th{padding:.2em .8em;"
     "text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
     "pre{white-space:pre-wrap;background:#f6f6f6;padding:.6em}img{max-width:100%}</style>"
@@ -23,7 +24,7 @@ _HEAD = (
 _AXES = ("steps", "targets", "tokens", "flops", "seconds")
 _SHOWN_SAMPLES = 2
 
-# Heading, and (words, figure of `summary`, format) of each row. {m} is a metric, {n} positions.
+# Words, figure of `summary`, and format of each row.
 LOSSES = [
     ("test NLL, final token [nats]", "final_token_nll", ".3f"),
     ("test NLL, all tokens [nats]", "all_token_nll", ".3f"),
@@ -114,7 +115,7 @@ def _step_cost(
     result: dict[str, Any], seconds: dict[str, Sequence[float]], name: str
 ) -> tuple[str, ...]:
     costs = result["cost_of_step"][name]
-    times = [t for run in result["runs"][name] for t in seconds[f"{name}-seed{run['seed']}"]]
+    times = [t for run in result["runs"][name] for t in seconds[_label(result, name, run)]]
     steps = result["steps"][name]
     return (
         f"{steps:,}",
@@ -122,6 +123,11 @@ def _step_cost(
         f"{costs['flops']:.3g}",
         f"{float(np.median(times)):.3g}",
     )
+
+
+def _label(result: dict[str, Any], name: str, run: dict[str, Any]) -> str:
+    """As `plan.Run.label`."""
+    return f"{name}-seed{run['seed']}-{result['steps'][name]}"
 
 
 def _judges(names: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -146,9 +152,9 @@ def _rows(summary: dict[str, Any], figures: Sequence[tuple[str, str, str]]) -> l
 
 
 def value_of(value: dict[str, float], spec: str) -> str:
-    """ "5.123 ± 0.004", without the spread of a single seed; "not reached" for nan."""
+    """ "5.123 ± 0.004", without the spread of a single seed; a dash where there is no value."""
     if math.isnan(value["mean"]):
-        return "not by all"
+        return "-"
     spread = "" if math.isnan(value["std"]) else f" ± {value['std']:{spec}}"
     return f"{value['mean']:{spec}}{spread}"
 
@@ -168,10 +174,8 @@ def _samples(result: dict[str, Any]) -> list[str]:
     for name, seeds in result["runs"].items():
         encoding = tokenizer.load(result["configs"][name]["data"]["tokenizer"])
         for row in seeds[0]["text"]["samples"][:_SHOWN_SAMPLES]:
-            known = [token for token in row if token < encoding.n_vocab]
-            parts.append(
-                f"<h3>{html.escape(name)}</h3><pre>{html.escape(encoding.decode(known))}</pre>"
-            )
+            text = html.escape(text_of(row, encoding))
+            parts.append(f"<h3>{html.escape(name)}</h3><pre>{text}</pre>")
     return parts
 
 
@@ -211,7 +215,7 @@ def _x(
 ) -> np.ndarray:
     steps = np.array(run["step"])
     if axis == "seconds":
-        return np.cumsum(seconds[f"{name}-seed{run['seed']}"])[steps - 1]
+        return np.cumsum(seconds[_label(result, name, run)])[steps - 1]
     return steps * result["cost_of_step"][name][axis]
 
 
@@ -223,10 +227,9 @@ def spread(result: dict[str, Any]) -> Figure:
         left.plot(seeds[0]["train_loss"], color=f"C{color}", linewidth=0.7, label=name)
         for run in seeds:
             loss = np.array(run["train_loss"])
-            rolling = metrics.rolling_std(loss, min(50, len(loss)))
-            right.plot(rolling, color=f"C{color}", linewidth=0.9)
+            right.plot(metrics.rolling_std(loss), color=f"C{color}", linewidth=0.9)
     left.set_ylabel("training loss [nats]")
-    right.set_ylabel("its std over 50 steps")
+    right.set_ylabel(f"its std over {metrics.ROLLING_STEPS} steps")
     for ax in (left, right):
         ax.set_xlabel("optimizer step")
         ax.grid(alpha=0.3)
@@ -235,13 +238,17 @@ def spread(result: dict[str, Any]) -> Figure:
 
 
 def noise(result: dict[str, Any]) -> Figure:
-    """tr(Sigma), |G|² and B against the positions that get a loss, at the end of each run."""
+    """tr(Sigma), |G|² and B against the positions that get a loss, at the end of each run.
+
+    A dot is a seed; what noise took to 0 or below has no place on the logarithmic axis.
+    """
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     for ax, (kind, words) in zip(figure.subplots(1, 3), _NOISE.items(), strict=True):
         for color, (name, seeds) in enumerate(result["runs"].items()):
             ns = [int(n) for n in seeds[0]["noise"]["end"]]
             values = np.array([[run["noise"]["end"][str(n)][kind] for n in ns] for run in seeds])
-            ax.plot(ns, values.mean(axis=0), "o-", color=f"C{color}", label=f"trained: {name}")
+            means = [result["summary"][name][f"noise/end/{n}/{kind}"]["mean"] for n in ns]
+            ax.plot(ns, means, "o-", color=f"C{color}", label=f"trained: {name}")
             ax.plot(ns, values.T, ".", color=f"C{color}", alpha=0.5)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")

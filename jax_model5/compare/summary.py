@@ -38,9 +38,9 @@ def steps_to_reach(level: float, steps: Sequence[int], losses: Sequence[float]) 
 
 
 def levels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """For each metric the mean loss of the config that ends highest: all of them get there."""
+    """For each metric the highest loss that a run ends with: every run gets there."""
     return {
-        metric: max(statistics.fmean(run[metric][-1] for run in seeds) for seeds in runs.values())
+        metric: max(run[metric][-1] for seeds in runs.values() for run in seeds)
         for metric in METRICS
     }
 
@@ -54,6 +54,13 @@ def summarize(
     for name, seeds in runs.items():
         figures = [_figures(run, goals, costs[name]) for run in seeds]
         summary[name] = {key: over_seeds([f[key] for f in figures]) for key in figures[0]}
+        for key in [key for key in figures[0] if key.endswith("/scale")]:
+            # A mean of ratios would follow the seed whose |G|² happens to be near 0.
+            trace, squared_norm = (
+                summary[name][key.replace("/scale", other)]["mean"]
+                for other in ("/trace", "/squared_norm")
+            )
+            summary[name][key] = {"mean": trace / squared_norm, "std": math.nan}
     return summary
 
 
@@ -81,3 +88,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             found[f"{prefix}{key}"] = value
     return found
+
+
+def without_nan(tree: Any) -> Any:
+    """The same tree with None for nan, which JSON does not know."""
+    if isinstance(tree, dict):
+        return {key: without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
