@@ -139,7 +139,10 @@ def read_params(
     """
     folder = Path(workdir).expanduser() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{field}={workdir!r}: holds no checkpoints/; name the folder of a run")
+        raise UserError(
+            f"{field}={workdir!r}: holds no checkpoints/; name the folder of a run, or one that "
+            "python -m jax_model5.huggingface import wrote"
+        )
 
     def read(saved: ocp.CheckpointManager, at: int) -> dict:
         return _read_state(saved, at, {"params": abstract}, read_meta(saved, at))
@@ -199,7 +202,10 @@ def _read_state(
     if "opt_state" not in abstract:
         found = {name: leaf for name, leaf in found.items() if name in wanted}
     if wrong := shape_changes(found, wanted):
-        raise UserError(f"the checkpoint does not fit the model: {'; '.join(wrong)}")
+        raise UserError(
+            f"the checkpoint does not fit the model: {'; '.join(wrong)}; set the model keys as the "
+            "config.yaml beside it has them"
+        )
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     restore = ocp.args.PyTreeRestore(abstract, arguments, partial_restore=True)
     tree = manager.restore(step, args=ocp.args.Composite(state=restore)).state

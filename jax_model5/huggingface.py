@@ -28,6 +28,7 @@ from jax_model5.config import (
     ArgumentParser,
     DataConfig,
     ModelConfig,
+    OptimizerConfig,
     TrainConfig,
     UserError,
     config_of_run,
@@ -189,7 +190,14 @@ def import_weights(source: str, out: Path) -> None:
     if "F64" in {tensor.get_dtype() for tensor in tensors.values()}:
         model = dataclasses.replace(model, dtype="float64")
     data = DataConfig(tokenizer="gpt2" if model.vocab_size >= GPT2["vocab_size"] else "bytes")
-    config = TrainConfig(model=model, data=data, workdir=str(out))
+    config = TrainConfig(
+        objective="all_tokens",  # as these weights were trained; and a step that does not undo it
+        batch_size=4,
+        model=model,
+        data=data,
+        optimizer=OptimizerConfig(learning_rate=3e-5),
+        workdir=str(out),
+    )
     set_up_jax(config)
     params = read_tensors(folder, tensors, model)
     with new_folder(out) as partial:

@@ -22,7 +22,7 @@ from jax_model5 import data, metrics, objectives, sharding, tokenizer
 from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import TrainConfig, UserError, one_line_errors, parse, to_yaml
 from jax_model5.generate import Sampling, generate, text_of
-from jax_model5.optimizer import merge, split
+from jax_model5.optimizer import merge, split, split_frozen
 from jax_model5.step import TEST_METRICS, TrainState, eval_step, init_state, train_step
 
 _SAMPLE_ROWS, _SAMPLE_TOKENS, _PROMPT_TOKENS = 2, 60, 30
@@ -194,7 +194,7 @@ def train(config: TrainConfig) -> int:
         if jax.process_index() == 0:
             metrics.replace_text(workdir / "config.yaml", to_yaml(config))
             log = metrics.MetricsLog(workdir / "metrics.jsonl", start)
-        say(introduction(config, corpus, programs, start))
+        say(introduction(config, corpus, programs, start, given))
         if state is None:
             state = programs.init(programs.key)
             state = state.replace(params=merge(state.params, given))
@@ -325,8 +325,11 @@ def own_workdir(config: TrainConfig) -> Iterator[Path]:
         os.close(folder)
 
 
-def introduction(config: TrainConfig, corpus: data.Corpus, programs: Programs, start: int) -> str:
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(programs.abstract_state.params))
+def introduction(
+    config: TrainConfig, corpus: data.Corpus, programs: Programs, start: int, given: dict
+) -> str:
+    params = programs.abstract_state.params
+    n_parameters = n_elements(params)
     device = jax.devices()[0]
     lines = [
         data.describe(corpus),
@@ -334,9 +337,18 @@ def introduction(config: TrainConfig, corpus: data.Corpus, programs: Programs, s
         f"{programs.mesh.size} x {device.device_kind}; a uniform guess is ln V = "
         f"{math.log(config.model.vocab_size):.2f} nats",
     ]
+    if given:
+        lines.append(f"{n_elements(given):,} of them are from {config.init_from}")
+    if config.optimizer.freeze:
+        frozen = n_elements(split_frozen(params, config.optimizer)[1])
+        lines.append(f"{frozen:,} of them are frozen: {config.optimizer.freeze}")
     if start:
         lines.append(f"resuming {config.workdir} at step {start}")
     return "\n".join(lines)
+
+
+def n_elements(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def resume_command(config: TrainConfig) -> str:

@@ -26,7 +26,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     devices = "where JAX runs (PyTorch stays on the CPU); default cpu"
     parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], default="cpu", help=devices)
     parser.add_argument(
-        "--inject", metavar="FAULT", help="plant a fault first; --faults lists them"
+        "--inject", metavar="FAULT", help="plant a fault first; list: name them all"
     )
     parser.add_argument("--faults", action="store_true", help="plant each, say what is caught")
     parser.add_argument("--drift", type=int, metavar="N", help="also train both for N steps")
@@ -113,10 +113,13 @@ def fault_named(name: str | None) -> faults.Fault | None:
     if name is None:
         return None
     by_name = {fault.name: fault for fault in faults.FAULTS}
+    if name == "list":
+        print("\n".join(by_name))
+        raise SystemExit(0)
     if name not in by_name:
         nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)
         raise UserError(
-            f"inject={name!r}: no such fault; did you mean {nearest[0]!r}? --faults lists them"
+            f"inject={name!r}: no such fault; did you mean {nearest[0]!r}? --inject list names all"
         )
     return by_name[name]
 

@@ -73,6 +73,7 @@ def main() -> None:
         report.write(result, {run.label: measure.seconds(run) for run in runs}, out)
         text = json.dumps(summary.without_nan(result), indent=1, allow_nan=False)
         metrics.replace_text(out / "results.json", text + "\n")
+        print(report.first_rows(result))
         print(f"written: {out}/index.html, its plots, and results.json")
 
 

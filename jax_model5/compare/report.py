@@ -67,14 +67,24 @@ def write(result: dict[str, Any], seconds: dict[str, Sequence[float]], out: Path
         code = base64.b64encode(path.read_bytes()).decode()
         images.append(f'<img alt="{name}" src="data:image/png;base64,{code}">')
     names = ", ".join(result["runs"])
+    machine = ", ".join(f"{key} {html.escape(str(v))}" for key, v in result["machine"].items())
     parts = [
         f"{_HEAD}<h1>{html.escape(names)}</h1>",
-        f"<pre>{html.escape(result['command'])}\n{html.escape(str(result['machine']))}</pre>",
+        f"<pre>{html.escape(result['command'])}\ncommit {result['commit']}; {machine}</pre>",
         *tables(result, seconds),
         *images,
         *_samples(result),
     ]
     metrics.replace_text(out / "index.html", "\n".join(parts))
+
+
+def first_rows(result: dict[str, Any]) -> str:
+    """The losses at the end, a line a config."""
+    return "\n".join(
+        f"{name}: "
+        + ", ".join(f"{words} {value_of(figures[key], spec)}" for words, key, spec in LOSSES)
+        for name, figures in result["summary"].items()
+    )
 
 
 # ---- tables -------------------------------------------------------------------------------------
