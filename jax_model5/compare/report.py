@@ -258,7 +258,13 @@ def noise(result: dict[str, Any]) -> Figure:
             ns = [int(n) for n in seeds[0]["noise"]["end"]]
             values = np.array([[run["noise"]["end"][str(n)][kind] for n in ns] for run in seeds])
             means = [result["summary"][name][f"noise/end/{n}/{kind}"]["mean"] for n in ns]
-            ax.plot(ns, means, "o-", color=f"C{color}", label=f"trained: {name}")
+            ax.plot(
+                ns,
+                [m if m > 0 else math.nan for m in means],
+                "o-",
+                color=f"C{color}",
+                label=f"trained: {name}",
+            )
             ax.plot(ns, values.T, ".", color=f"C{color}", alpha=0.5)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
