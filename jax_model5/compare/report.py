@@ -37,7 +37,15 @@ SPEED = [
     ("steps to the common final-token NLL", "steps_to_final_token_nll", ",.0f"),
     ("steps to the common all-token NLL", "steps_to_all_token_nll", ",.0f"),
 ]
-STABILITY = [("std of the training loss over 50 steps [nats]", "train_std", ".3f")]
+STABILITY = [
+    ("std of the training loss over 50 steps [nats]", "train_std", ".3f"),
+    (
+        "largest rise between two tests, final token [nats]",
+        "largest_rise_of_final_token_nll",
+        ".3f",
+    ),
+    ("largest rise between two tests, all tokens [nats]", "largest_rise_of_all_token_nll", ".3f"),
+]
 GENERATION = [
     ("tokens that begin with a space, by the corpus's share", "text/space_ratio", ".2f"),
     ("word length, distance from the corpus's", "text/word_length_distance", ".3f"),
@@ -52,6 +60,24 @@ COST = [
 DOCUMENTS = [
     ("NLL of a document, std between documents", "documents/document_nll_std", ".3f"),
     ("share of the variance between documents", "documents/between_share", ".3f"),
+]
+
+TEXT = [
+    ("documents", "documents", ",.0f"),
+    ("tokens", "tokens", ",.0f"),
+    ("unique tokens", "unique_tokens", ",.0f"),
+    ("tokens of a document, lower quartile", "document_tokens_q25", ",.0f"),
+    ("tokens of a document, median", "document_tokens_median", ",.0f"),
+    ("tokens of a document, upper quartile", "document_tokens_q75", ",.0f"),
+    ("test NLL under unigrams [nats]", "unigram_nll", ".3f"),
+    ("test NLL under bigrams [nats]", "bigram_nll", ".3f"),
+    ("test NLL under trigrams [nats]", "trigram_nll", ".3f"),
+    ("distinct test tokens seen in training, share", "type_seen", ".3f"),
+    ("test tokens seen in training, share", "unigram_seen", ".3f"),
+    ("test bigrams seen in training, share", "bigram_seen", ".3f"),
+    ("test trigrams seen in training, share", "trigram_seen", ".3f"),
+    ("divergence of its pieces from the whole [nats]", "divergence", ".3f"),
+    ("the same of the shuffled text: chance", "divergence_shuffled", ".3f"),
 ]
 
 
@@ -111,8 +137,9 @@ def tables(result: dict[str, Any], seconds: dict[str, Sequence[float]]) -> list[
         )
     shown.append(_table("Documents of the test part", names, _rows(summary, DOCUMENTS)))
     corpora = result["corpora"]
-    keys = [key for key in corpora[names[0]] if key != "source"]
-    rows = [[key, *(f"{corpora[name][key]:.4g}" for name in names)] for key in keys]
+    rows = [
+        [words, *(f"{corpora[name][key]:{spec}}" for name in names)] for words, key, spec in TEXT
+    ]
     head = [f"{name}: {Path(corpora[name]['source']).name}" for name in names]
     return [*shown, _table("The text", head, rows)]
 

@@ -1,5 +1,6 @@
 """Figures of many runs -> means and spreads over the seeds, and what it takes to reach a loss."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,15 @@ def steps_to_reach(level: float, steps: Sequence[int], losses: Sequence[float]) 
     return math.nan
 
 
+def largest_rise(losses: Sequence[float]) -> float:
+    """How far the loss climbed from one evaluation to the next, at most; 0 where it never did.
+
+    >>> largest_rise([7.0, 6.0, 6.5, 5.0, 5.25])
+    0.5
+    """
+    return max([0.0, *(after - before for before, after in itertools.pairwise(losses))])
+
+
 def levels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """For each metric the highest loss that a run ends with: every run gets there."""
     return {
@@ -69,6 +79,7 @@ def _figures(
 ) -> dict[str, float]:
     """One run's numbers, flat; nested ones as "noise/1/trace"."""
     flat = {metric: run[metric][-1] for metric in METRICS}
+    flat |= {f"largest_rise_of_{metric}": largest_rise(run[metric]) for metric in METRICS}
     for metric, level in goals.items():
         steps = steps_to_reach(level, run["step"], run[metric])
         flat[f"steps_to_{metric}"] = steps
