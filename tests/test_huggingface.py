@@ -50,10 +50,10 @@ SHAPES = {
     },
 }
 SMALL = SHAPES["two layers, erf"]
-# In float32 at most 4 times the worst error measured, 5.5e-7 and 1.2e-5 (`-rP` prints them all),
-# and of the loss, which is equal, two roundings.
+# In float32 at most 4 times the worst error measured, 5.5e-7 and 1.2e-5 (`-rP` prints them all);
+# of the loss, where 0 was measured, what the parity ladder allows its losses.
 TOLERANCE = {
-    "float32": {"logits": 2e-6, "loss": 2e-7, "gradients": 4e-5},
+    "float32": {"logits": 2e-6, "loss": 4e-7, "gradients": 4e-5},
     "float64": {"logits": 1e-12, "loss": 1e-12, "gradients": 1e-12},
 }
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -150,10 +150,11 @@ def error(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def require_equal(what: str, dtype: str, *pairs) -> None:
-    worst = max(error(a, b) for a, b in pairs)
+def require_close(what: str, dtype: str, *pairs) -> None:
+    errors = [error(a, b) for a, b in pairs]
+    worst = np.max(errors)  # nan if any is
     print(f"measured {what} {dtype} {worst:.1e}")
-    assert worst <= TOLERANCE[dtype][what]
+    assert worst <= TOLERANCE[dtype][what], errors
 
 
 def bits(tree) -> dict[str, bytes]:
@@ -196,7 +197,7 @@ def test_imported_weights_give_the_same_logits(shape, dtype, tmp_path):
     assert config.model.dtype == dtype
     logits = our_logits(config.model, params)
     assert logits.dtype == dtype
-    require_equal("logits", dtype, (logits, their_logits(config.model, model)))
+    require_close("logits", dtype, (logits, their_logits(config.model, model)))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -219,11 +220,11 @@ def test_the_loss_and_every_gradient_are_the_same(shape, dtype, tmp_path):
         return window_nll(params, tokens, config, n_last=n_last, deterministic=True).mean()
 
     ours, gradients = loss_and_gradients(params)
-    require_equal("loss", dtype, (ours, theirs.detach()))
+    require_close("loss", dtype, (ours, theirs.detach()))
     named = {name.removeprefix("transformer."): p.grad for name, p in model.named_parameters()}
     expected = huggingface.from_gpt2(lambda name: named[name].numpy(), config.model)
     leaves = zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
-    require_equal("gradients", dtype, *leaves)
+    require_close("gradients", dtype, *leaves)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -276,7 +277,8 @@ def test_any_two_tensors_of_one_shape_in_each_others_place_are_seen():
     config = ModelConfig(**sizes, gelu="erf", scale_logits=False)
     named = {name: tensor.numpy() for name, tensor in model.transformer.state_dict().items()}
     logits = their_logits(config, model)
-    assert error(our_logits(config, huggingface.from_gpt2(named.get, config)), logits) < 2e-6
+    ours = our_logits(config, huggingface.from_gpt2(named.get, config))
+    require_close("logits", "float32", (ours, logits))
     pairs = list(itertools.combinations(huggingface.table(config), 2))
     equals = [(a.name, b.name) for a, b in pairs if a.shape == b.shape]
     assert len(equals) == 99
@@ -291,7 +293,8 @@ def test_half_precision_files_are_read_as_float32(dtype, tmp_path):
     model = gpt2(SMALL, dtype)
     config, params = imported(saved(model, tmp_path / "theirs"), tmp_path / "ours")
     assert config.model.dtype == params["wte"].dtype == "float32"
-    assert error(our_logits(config.model, params), their_logits(config.model, model.float())) < 2e-6
+    pair = our_logits(config.model, params), their_logits(config.model, model.float())
+    require_close("logits", "float32", pair)
     rounded = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     for name, leaf in huggingface.to_gpt2(params, config.model).items():
         assert leaf.tobytes() == rounded[f"transformer.{name}"].tobytes()
@@ -402,7 +405,7 @@ def test_transformers_computes_an_exported_model_5(dtype, size, tmp_path, main_h
     assert model.dtype == getattr(torch, kept)
     exact = dataclasses.replace(config.model, dtype=kept)
     ours = our_logits(exact, params)
-    require_equal("logits", kept, (their_logits(exact, model), ours))
+    require_close("logits", kept, (their_logits(exact, model), ours))
 
 
 def test_a_scale_that_is_not_folded_is_seen(tmp_path, monkeypatch):

@@ -61,7 +61,6 @@ DOCUMENTS = [
     ("NLL of a document, std between documents", "documents/document_nll_std", ".3f"),
     ("share of the variance between documents", "documents/between_share", ".3f"),
 ]
-
 TEXT = [
     ("documents", "documents", ",.0f"),
     ("tokens", "tokens", ",.0f"),
@@ -77,7 +76,7 @@ TEXT = [
     ("test bigrams seen in training, share", "bigram_seen", ".3f"),
     ("test trigrams seen in training, share", "trigram_seen", ".3f"),
     ("divergence of its pieces from the whole [nats]", "divergence", ".3f"),
-    ("the same of the shuffled text: chance", "divergence_shuffled", ".3f"),
+    ("the same of the shuffled text, which is chance [nats]", "divergence_shuffled", ".3f"),
 ]
 
 
@@ -138,7 +137,8 @@ def tables(result: dict[str, Any], seconds: dict[str, Sequence[float]]) -> list[
     shown.append(_table("Documents of the test part", names, _rows(summary, DOCUMENTS)))
     corpora = result["corpora"]
     rows = [
-        [words, *(f"{corpora[name][key]:{spec}}" for name in names)] for words, key, spec in TEXT
+        [words, *(value_of({"mean": corpora[n][key], "std": math.nan}, spec) for n in names)]
+        for words, key, spec in TEXT
     ]
     head = [f"{name}: {Path(corpora[name]['source']).name}" for name in names]
     return [*shown, _table("The text", head, rows)]
