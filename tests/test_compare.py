@@ -120,6 +120,22 @@ def test_the_noise_scale_of_seeds_is_no_mean_of_ratios():
     assert found["noise/end/1/scale"]["mean"] == pytest.approx(2.0)
 
 
+def test_a_rise_is_of_its_own_loss():
+    """The final token's loss jumps by 2 and that of all tokens by 1, both from a later test on."""
+    losses = {"final_token_nll": [5.0, 4.0, 6.0, 3.0], "all_token_nll": [9.0, 6.0, 7.0, 5.0]}
+    rest = {key: {} for key in ("noise", "gap", "text", "documents", "judged_by")}
+    runs = [{"step": [1, 2, 3, 4], "train_std": 0.0, **losses, **rest}]
+    found = summary.summarize({"a": runs}, {"a": {"flops": 1.0}})["a"]
+    assert found["largest_rise_of_final_token_nll"]["mean"] == 2
+    assert found["largest_rise_of_all_token_nll"]["mean"] == 1
+
+
+def test_a_text_too_short_for_a_figure_shows_a_dash():
+    text = dict.fromkeys([key for _, key, _ in report.TEXT], 1.0)
+    rows = report.text_rows([text, text | {"divergence": math.nan}])
+    assert [row[1:] for row in rows if "nan" in row or "-" in row] == [["1.000", "-"]]
+
+
 def test_a_value_and_its_spread():
     assert report.value_of(summary.over_seeds([1.0, math.nan]), ".2f") == "-"
     assert report.value_of(summary.over_seeds([1.0, 3.0]), ".2f") == "2.00 ± 1.41"

@@ -136,12 +136,8 @@ def tables(result: dict[str, Any], seconds: dict[str, Sequence[float]]) -> list[
         )
     shown.append(_table("Documents of the test part", names, _rows(summary, DOCUMENTS)))
     corpora = result["corpora"]
-    rows = [
-        [words, *(value_of({"mean": corpora[n][key], "std": math.nan}, spec) for n in names)]
-        for words, key, spec in TEXT
-    ]
     head = [f"{name}: {Path(corpora[name]['source']).name}" for name in names]
-    return [*shown, _table("The text", head, rows)]
+    return [*shown, _table("The text", head, text_rows(list(corpora.values())))]
 
 
 _NOISE = {"trace": "tr Σ", "squared_norm": "|G|²", "scale": "B = tr Σ / |G|² [sequences]"}
@@ -185,6 +181,14 @@ def _rows(summary: dict[str, Any], figures: Sequence[tuple[str, str, str]]) -> l
     return [
         [words, *(value_of(summary[name][key], spec) for name in summary)]
         for words, key, spec in figures
+    ]
+
+
+def text_rows(corpora: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row of each figure of the texts; a dash where a text is too short to have it."""
+    return [
+        [words, *(value_of({"mean": text[key], "std": math.nan}, spec) for text in corpora)]
+        for words, key, spec in TEXT
     ]
 
 
