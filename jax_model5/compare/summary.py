@@ -1,4 +1,4 @@
-"""Figures of many runs -> means and spreads over the seeds, and what it takes to reach a loss."""
+"""Figures of many runs -> means and spreads, how far losses jump, what it takes to reach one."""
 
 import itertools
 import math
