@@ -1,1 +1,9 @@
-"""Model 5, a GPT-2-small decoder with dropout, trained on the final token: JAX and Flax."""
+"""Model 5 in JAX. Read its files in this order: each imports only from those before it.
+
+    errors config tokenizer corpus batches trees sharding kernels model losses optimizer step flops
+    startup programs checkpoint record generate run_folder train
+
+Around them stand, and never import each other:
+
+    huggingface doctor bench compare
+"""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.serialization
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +16,20 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from jax_model5.config import TrainConfig, UserError, flatten
+from jax_model5.config import TrainConfig, flatten, flatten_settings
+from jax_model5.errors import UserError
+from jax_model5.startup import versions
 from jax_model5.step import TrainState
+from jax_model5.trees import leaves_of
 
 # Fields that may change when a run goes on. A mesh and remat change only how sums are rounded;
 # what data.source holds is compared by its tokens.
 FREE_FIELDS = {
     *("workdir", "eval_every", "checkpoint_every", "keep"),
     *("mesh.data", "mesh.fsdp", "model.remat"),
-    *("data.cache_dir", "data.source", "data.n_docs", "data.text_field"),
+    *("data.cache_dir", "data.source", "data.subset", "data.n_docs", "data.text_field"),
+    "data.separator",
 }
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
@@ -59,7 +60,7 @@ class Checkpoints:
         meta = {
             "config": dataclasses.asdict(config),
             "data": fingerprint,
-            "packages": _versions(),
+            "packages": versions(),
             "checksums": _checksums(tree),
         }
         items = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
@@ -94,8 +95,8 @@ class Checkpoints:
         newest, damaged = _newest_whole(self.folder, read)
         if newest is None:
             if damaged:
-                mend = f"move {self.folder} away to start from step 0"
-                raise _all_damaged("workdir", config.workdir, damaged, mend)
+                fix = f"move {self.folder} away to start from step 0"
+                raise _all_damaged("workdir", config.workdir, damaged, fix)
             return None
         tree, meta = newest
         if changes := version_changes(meta):
@@ -185,8 +186,8 @@ def _newest_whole(
     return None, damaged
 
 
-def _all_damaged(field: str, workdir: str, damaged: list[int], mend: str) -> UserError:
-    return UserError(f"{field}={workdir!r}: none of its checkpoints {damaged} can be read; {mend}")
+def _all_damaged(field: str, workdir: str, damaged: list[int], fix: str) -> UserError:
+    return UserError(f"{field}={workdir!r}: none of its checkpoints {damaged} can be read; {fix}")
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -232,8 +233,8 @@ def _require_same_bits(sums: dict[str, int], meta: dict[str, Any]) -> None:
 def config_changes(stored: dict[str, Any], config: TrainConfig) -> list[str]:
     """Fields that would change the numbers, as "model.d_model: 128 -> 256"."""
     # A field that is younger than the checkpoint had its default.
-    before = flatten(TrainConfig()) | flax.traverse_util.flatten_dict(stored, sep=".")
-    now = flatten(config)
+    before = _as_words(flatten(TrainConfig()) | flatten_settings(stored))
+    now = _as_words(flatten(config))
     free = set(FREE_FIELDS)
     if config.optimizer.schedule == "constant":
         free.add("steps")  # only a schedule that ends depends on where it ends
@@ -243,6 +244,14 @@ def config_changes(stored: dict[str, Any], config: TrainConfig) -> list[str]:
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+def _as_words(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sequences as text, as older checkpoints hold them."""
+    return {
+        key: " ".join(value) if isinstance(value, list | tuple) else value
+        for key, value in settings.items()
+    }
 
 
 def _require_same_run(meta: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
@@ -269,12 +278,6 @@ def shape_changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
-def leaves_of(tree: Any) -> dict[str, Any]:
-    """{"params/trunk/fc/kernel": leaf, ...}"""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 @jax.jit
 def _bit_sums(tree: Any) -> Any:
     def bit_sum(leaf: jax.Array) -> jax.Array:
@@ -288,12 +291,8 @@ def _checksums(tree: Any) -> dict[str, int]:
     return {name: int(bit_sum) for name, bit_sum in leaves_of(_bit_sums(tree)).items()}
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
 def version_changes(meta: dict[str, Any]) -> str:
     """What is installed and was not when the checkpoint was written; empty where nothing is."""
-    before, now = meta["packages"], _versions()
+    before, now = meta["packages"], versions()
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     return f"packages changed, the last bits may differ: {', '.join(changes)}" if changes else ""

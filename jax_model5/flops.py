@@ -5,7 +5,7 @@ as twice the forward. Not counted: elementwise work, and what is computed again 
 """
 
 from jax_model5.config import TrainConfig
-from jax_model5.objectives import n_last
+from jax_model5.losses import n_last
 
 # Dense bfloat16 peak of one JAX device [FLOP/s] by its whole `device_kind`, without sparsity.
 # NVIDIA: the data sheet of each product. TPU: "System architecture" of each version in Google

@@ -16,17 +16,17 @@ import tiktoken
 
 from jax_model5 import tokenizer
 from jax_model5.checkpoint import read_params
-from jax_model5.config import (
+from jax_model5.config import ModelConfig, TrainConfig, config_of_run
+from jax_model5.errors import (
     ArgumentParser,
-    ModelConfig,
-    TrainConfig,
     UserError,
-    config_of_run,
     one_line_errors,
+    require,
+    require_at_least_1,
 )
-from jax_model5.model import Model5, extend, unstack
-from jax_model5.sharding import set_up_jax
-from jax_model5.step import SAMPLE, abstract_params
+from jax_model5.model import Block, Model5, layer_norm
+from jax_model5.startup import set_up_jax
+from jax_model5.step import SAMPLE, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,42 @@ class Sampling:
             raise UserError(f"top_p={self.top_p:g}: must be above 0 and at most 1")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
+
+
+# ---- a few more tokens: the KV cache ------------------------------------------------------------
+
+
+def unstack(params: dict) -> dict:
+    """The same parameters, and `blocks` one by one instead of `trunk` and `last_block`.
+
+    A block cut from the stack is a copy. Generation cuts once, not for every token.
+    """
+    rest = dict(params)
+    trunk, last = rest.pop("trunk", None), rest.pop("last_block")
+    depth = 0 if trunk is None else jax.tree.leaves(trunk)[0].shape[0]
+    blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)]
+    return {**rest, "blocks": [*blocks, last]}
+
+
+def extend(
+    unstacked: dict, cache: list, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, list]:
+    """Features x_BxTxD of T more tokens of each row, the first of them at position start_B.
+
+    Each block's cache holds the keys and values [B, H, L, K] of the positions before them, and is
+    returned with theirs added; [{}] * n_layers before the first tokens. The numbers are those of
+    one forward pass over all tokens.
+    """
+    positions_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
+    x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][positions_BxT]).astype(config.dtype)
+    block: Callable[..., Any] = functools.partial(Block(config).apply, mutable=["cache"])
+    T, longer = tokens_BxT.shape[1], []
+    for params, kept in zip(unstacked["blocks"], cache, strict=True):
+        variables = {"params": params, "cache": kept}
+        x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, start_B=start_B)
+        longer.append(changed["cache"])
+    ln_f: Callable[..., Any] = layer_norm(config, None).apply
+    return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer
 
 
 # ---- one token ----------------------------------------------------------------------------------
@@ -115,9 +151,9 @@ def decode(
 
 def logits(unstacked: dict, x_Bx1xD: jax.Array, config: ModelConfig) -> jax.Array:
     """logits_BxV of features."""
-    tables = {name: unstacked[name] for name in ("wte", "wpe")}
-    head: Callable[..., Any] = functools.partial(Model5(config).apply, method="head")
-    return head({"params": tables}, x_Bx1xD)[:, 0]
+    tables = {name: leaf for name, leaf in unstacked.items() if name in ("wte", "wpe", "head")}
+    apply: Callable[..., Any] = functools.partial(Model5(config).apply, method="logits")
+    return apply({"params": tables}, x_Bx1xD)[:, 0]
 
 
 # ---- many tokens --------------------------------------------------------------------------------
@@ -192,10 +228,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     options = parser.parse_args(args)
-    if options.n_tokens < 1:
-        raise UserError(f"n_tokens={options.n_tokens}: must be at least 1")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"seed={options.seed}: must be in [0, 2**32)")
+    require_at_least_1(options, "n_tokens")
+    require(0 <= options.seed < 2**32, "seed", options.seed, "must be in [0, 2**32)")
     return options
 
 
@@ -207,7 +241,7 @@ def main() -> None:
         encoding = tokenizer.load(config.data.tokenizer)
         prompts = [encode_prompt(text, encoding, config) for text in options.prompt]
         set_up_jax(config)
-        params = jax.device_put(read_params(options.workdir, abstract_params(config)))
+        params = jax.device_put(read_params(options.workdir, abstract_state(config).params))
         tokens = generate(
             params,
             prompts,

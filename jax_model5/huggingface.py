@@ -11,11 +11,10 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.traverse_util
 import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
@@ -25,44 +24,22 @@ import safetensors.numpy
 from jax_model5 import tokenizer
 from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import (
-    ArgumentParser,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    UserError,
     config_of_run,
-    one_line_errors,
     to_yaml,
 )
-from jax_model5.metrics import replace_text
-from jax_model5.model import LAYER_NORM_EPSILON, at_least_float32
-from jax_model5.sharding import set_up_jax
-from jax_model5.step import TrainState, abstract_params
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors
+from jax_model5.kernels import at_least_float32
+from jax_model5.model import LAYER_NORM_EPSILON
+from jax_model5.record import replace_text
+from jax_model5.startup import set_up_jax
+from jax_model5.step import TrainState, abstract_state
+from jax_model5.trees import from_layout, table, to_layout
 
-# Our leaf of a block, GPT-2's tensor of h.0, h.1, ..., and its shape. GPT-2's Conv1D keeps its
-# kernel [in, out], as Flax does: nothing is transposed.
-BLOCK_LEAVES = [
-    ("ln_1/scale", "ln_1.weight", "D"),
-    ("ln_1/bias", "ln_1.bias", "D"),
-    ("attn/qkv/kernel", "attn.c_attn.weight", "D 3D"),
-    ("attn/qkv/bias", "attn.c_attn.bias", "3D"),
-    ("attn/proj/kernel", "attn.c_proj.weight", "D D"),
-    ("attn/proj/bias", "attn.c_proj.bias", "D"),
-    ("ln_2/scale", "ln_2.weight", "D"),
-    ("ln_2/bias", "ln_2.bias", "D"),
-    ("fc/kernel", "mlp.c_fc.weight", "D 4D"),
-    ("fc/bias", "mlp.c_fc.bias", "4D"),
-    ("out/kernel", "mlp.c_proj.weight", "4D D"),
-    ("out/bias", "mlp.c_proj.bias", "D"),
-]
-ROOT_LEAVES = [
-    ("wte", "wte.weight", "V D"),
-    ("wpe", "wpe.weight", "L D"),
-    ("ln_f/scale", "ln_f.weight", "D"),
-    ("ln_f/bias", "ln_f.bias", "D"),
-]
-HEAD = "lm_head.weight"  # a second name of wte.weight
+HEAD = "lm_head.weight"  # where the head is tied, a second name of wte.weight, if it is there
 _PREFIX = "transformer."
 _MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks, which old files store
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -98,64 +75,13 @@ FIXED = (  # GPT-2's own value is the only one that Model 5 knows
     "layer_norm_epsilon",
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
-    "tie_word_embeddings",
     "add_cross_attention",
 )
 
 
-# ---- one table, both ways -----------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """One tensor on both sides."""
-
-    path: str
-    layer: int | None  # index on our leaf's first axis
-    name: str
-    shape: tuple[int, ...]
-
-
-def table(config: ModelConfig) -> Iterator[Pair]:
-    """Every tensor of GPT-2, and the leaf, or the layer of a leaf, that it is here."""
-    D = config.d_model
-    sizes = {"V": config.vocab_size, "L": config.seq_len, "D": D, "3D": 3 * D, "4D": 4 * D}
-
-    def shape(letters: str) -> tuple[int, ...]:
-        return tuple(sizes[letter] for letter in letters.split())
-
-    for path, name, letters in ROOT_LEAVES:
-        yield Pair(path, None, name, shape(letters))
-    last = config.n_layers - 1
-    for layer in range(config.n_layers):
-        stack, index = ("last_block", None) if layer == last else ("trunk", layer)
-        for path, name, letters in BLOCK_LEAVES:
-            yield Pair(f"{stack}/{path}", index, f"h.{layer}.{name}", shape(letters))
-
-
-def to_gpt2(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Parameters (or their gradients) under GPT-2's names, without a copy."""
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
-    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    return {
-        pair.name: arrays[pair.path] if pair.layer is None else arrays[pair.path][pair.layer]
-        for pair in table(config)
-    }
-
-
-def from_gpt2(read: Callable[[str], np.ndarray], config: ModelConfig) -> dict:
-    """The inverse of `to_gpt2`: our tree; `read` gives the tensor of a name, one at a time."""
-    dtype, depth = at_least_float32(config.dtype), config.n_layers - 1
-    leaves: dict[str, np.ndarray] = {}
-    for path, layer, name, shape in table(config):
-        if path not in leaves:
-            leaves[path] = np.empty(shape if layer is None else (depth, *shape), dtype)
-        leaves[path][... if layer is None else layer] = read(name)
-    return flax.traverse_util.unflatten_dict(leaves, sep="/")
-
-
 def mismatches(tensors: dict[str, Any], config: ModelConfig) -> list[str]:
     """Everything in which the names, shapes and dtypes of the tensors are not those of `config`."""
-    wanted = {pair.name: pair.shape for pair in table(config)}
+    wanted = {place.name: place.shape for place in table(config, "gpt2")}
     if HEAD in tensors:
         wanted[HEAD] = wanted["wte.weight"]
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
@@ -213,7 +139,7 @@ def say_imported(out: Path, model: ModelConfig, fields: dict[str, Any]) -> None:
     if len({fields[field] for field in DROPOUTS}) > 1:
         rates = ", ".join(f"{field}={fields[field]}" for field in DROPOUTS)
         print(f"note: {rates}, but Model 5 has one rate: {model.dropout}, that of resid_pdrop")
-    n_params = sum(math.prod(pair.shape) for pair in table(model))
+    n_params = sum(math.prod(place.shape) for place in table(model, "gpt2"))
     here = shlex.quote(str(out))
     print(
         f"{out}: {n_params:,} parameters, {model.n_layers} layers, {model.n_heads} heads, width "
@@ -263,26 +189,37 @@ def model_config(fields: dict[str, Any], folder: Path) -> ModelConfig:
       UserError: a field whose value Model 5 does not know.
     """
 
-    def require(holds: bool, field: str, mend: str) -> None:
+    def require_field(holds: bool, field: str, fix: str) -> None:
         if not holds:
             found = json.dumps(fields.get(field))
-            raise UserError(f"{field}={found} in {folder / 'config.json'}: {mend}")
+            raise UserError(f"{field}={found} in {folder / 'config.json'}: {fix}")
 
     own = "Model 5 knows no other; choose weights of a plain GPT-2"
-    require(fields.get("model_type") == "gpt2", "model_type", f'must be "gpt2": {own}')
+    require_field(fields.get("model_type") == "gpt2", "model_type", f'must be "gpt2": {own}')
     for field in SIZES.values():
-        require(type(fields[field]) is int, field, "must be a whole number")
+        require_field(type(fields[field]) is int, field, "must be a whole number")
     for field in DROPOUTS:
-        require(type(fields[field]) in (int, float), field, "must be a number")
+        require_field(type(fields[field]) in (int, float), field, "must be a number")
     for field in FIXED:
-        require(fields[field] == GPT2[field], field, f"must be {json.dumps(GPT2[field])}: {own}")
+        require_field(
+            fields[field] == GPT2[field], field, f"must be {json.dumps(GPT2[field])}: {own}"
+        )
     width = 4 * fields["n_embd"]
-    require(fields["n_inner"] in (None, width), "n_inner", f"must be null or {width}: {own}")
+    require_field(fields["n_inner"] in (None, width), "n_inner", f"must be null or {width}: {own}")
+    tied = fields["tie_word_embeddings"]
+    require_field(isinstance(tied, bool), "tie_word_embeddings", "must be true or false")
     gelu = GELUS.get(str(fields["activation_function"]))
-    require(gelu is not None, "activation_function", f"must be one of {', '.join(GELUS)}: {own}")
+    require_field(
+        gelu is not None, "activation_function", f"must be one of {', '.join(GELUS)}: {own}"
+    )
     sizes = {ours: fields[theirs] for ours, theirs in SIZES.items()}
-    dropout = fields["resid_pdrop"]
-    return ModelConfig(**sizes, dropout=dropout, scale_logits=False, gelu=gelu)  # type: ignore[arg-type]
+    return ModelConfig(
+        **sizes,
+        dropout=fields["resid_pdrop"],
+        scale_logits=False,
+        tied_head=tied,
+        gelu=gelu,  # type: ignore[arg-type]
+    )
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
@@ -322,15 +259,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path, tensors: dict[str, Any], config: ModelConfig) -> dict:
-    """Our parameters. Raises UserError where the file's head is not wte."""
-    if HEAD in tensors:
+    """Our parameters. Raises UserError where a tied head is not wte."""
+    if config.tied_head and HEAD in tensors:
         head_VxD, wte_VxD = tensors[HEAD][:], tensors["wte.weight"][:]
         if not np.array_equal(head_VxD.view(np.uint8), wte_VxD.view(np.uint8)):
             raise UserError(
-                f"weights={str(folder)!r}: {HEAD} is not wte.weight, but Model 5's head is tied; "
-                "choose weights with a tied head"
+                f"weights={str(folder)!r}: {HEAD} is not wte.weight, but config.json ties them; "
+                "set tie_word_embeddings to false there"
             )
-    return from_gpt2(lambda name: tensors[name][:], config)
+    return from_layout(lambda name: tensors[name][:], config, "gpt2")
 
 
 # ---- export -------------------------------------------------------------------------------------
@@ -344,10 +281,11 @@ def export_weights(run: str, out: Path, shard_size: str) -> None:
     """
     config = config_of_run(run, "jax_model5.huggingface")
     set_up_jax(config)
-    params = read_params(run, abstract_params(config))
+    params = read_params(run, abstract_state(config).params)
     if config.model.scale_logits:
         params = fold_scale(params, config.model)
-    tensors = {_PREFIX + name: leaf for name, leaf in to_gpt2(params, config.model).items()}
+    named = to_layout(params, config.model, "gpt2")
+    tensors = {name if name == HEAD else _PREFIX + name: leaf for name, leaf in named.items()}
     shards = split(tensors, shard_size)
     with new_folder(out) as partial:
         for name, text in json_files(config, shards).items():
@@ -371,7 +309,7 @@ def export_weights(run: str, out: Path, shard_size: str) -> None:
 def fold_scale(params: dict, config: ModelConfig) -> dict:
     """The same logits from a model that does not divide them by sqrt(D).
 
-    x wte^T / sqrt(D) is linear in ln_f's scale and bias; wte, which is also the embedding, stays.
+    x head^T / sqrt(D) is linear in ln_f's scale and bias; the head, which may be wte, stays.
     """
     root = math.sqrt(config.d_model)
 
@@ -401,6 +339,7 @@ def json_files(config: TrainConfig, shards: huggingface_hub.StateDictSplit) -> d
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": "gelu_new" if model.gelu == "tanh" else "gelu",
+        "tie_word_embeddings": model.tied_head,
         "torch_dtype": np.dtype(at_least_float32(model.dtype)).name,
         **{theirs: getattr(model, ours) for ours, theirs in SIZES.items()},
         **dict.fromkeys(DROPOUTS, model.dropout),

@@ -4,12 +4,13 @@ Shapes: B batch, L sequence, N last positions that get logits, D model width, H 
 width, F feed-forward width, V vocabulary. Parameters are one plain tree:
 
     wte[V, D]  wpe[L, D]  trunk (blocks 0 ... n-2, stacked on axis 0)  last_block  ln_f
+
+and head[V, D] where the head is not tied to wte.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,14 +18,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
 from jax_model5.config import ModelConfig
+from jax_model5.kernels import (
+    at_least_float32,
+    causal_attention,
+    keep_mask,
+    masked_attention,
+    matmul,
+    matmul_transposed,
+)
 
 Init = Callable[..., jax.Array]
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype of parameters, softmax and loss when the model computes in `dtype`."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # ---- weight init, by name (course lessons 012 and 013) ------------------------------------------
@@ -51,55 +55,24 @@ def bias_init(config: ModelConfig, fan_in: int) -> Init:
 
 
 def wte_init(config: ModelConfig) -> Init:
-    """Init of wte [V, D]: the tied head is a linear layer D -> V, and its rule wins."""
+    """Init of wte [V, D]: the head is a linear layer D -> V, and its rule comes last.
+
+    Not so in PyTorch's own default: there the head takes over what the embedding drew, N(0, 1).
+    """
+    if config.init == "torch":
+        return nn.initializers.normal(1.0)
     init = kernel_init(config)
     return lambda key, shape, dtype: init(key, shape[::-1], dtype).T
 
 
 def wpe_init(config: ModelConfig) -> Init:
     """Init of wpe [L, D]: the course's is Xavier normal, std sqrt(2 / (L + D))."""
-    name = config.init
-    if name in ("course", "xavier"):
+    if config.init in ("course", "xavier"):
         return nn.initializers.variance_scaling(1, "fan_avg", "normal")
-    if name == "torch":
-        return nn.initializers.normal(1.0)
     return wte_init(config)
 
 
 # ---- layers -------------------------------------------------------------------------------------
-
-
-def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """True with probability 1 - rate (exact to 2**-32), a function of the key and each index."""
-    if str(jax.random.key_impl(key)) == "threefry2x32":
-        bits = threefry2x32(jax.random.key_data(key), shape)
-    else:
-        bits = jax.random.bits(key, shape, jnp.uint32)
-    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-
-
-@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for all of its uses
-def threefry2x32(key_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """First word of Threefry-2x32-20 on the counter (index on axis 0, index on the other axes).
-
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". One expression without
-    memory of its own: XLA fuses it into the use of the mask, so that a mask is cheaper to compute
-    again than to store. `jax.random.bits` makes several passes over memory on a CPU.
-    """
-    keys = (key_2[0], key_2[1], key_2[0] ^ key_2[1] ^ jnp.uint32(0x1BD11BDA))
-    iotas = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
-    x = iotas[0] + keys[0]
-    rest = jnp.zeros_like(x)
-    for size, iota in zip(shape[1:], iotas[1:], strict=True):
-        rest = rest * jnp.uint32(size) + iota
-    y = rest + keys[1]
-    for i in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
-            x = x + y
-            y = x ^ (y << jnp.uint32(rotation) | y >> jnp.uint32(32 - rotation))
-        x = x + keys[(i + 1) % 3]
-        y = y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
-    return x
 
 
 class Dropout(nn.Module):
@@ -152,16 +125,10 @@ class Attention(nn.Module):
             v_BxHxLxK = self._cached("v", v_BxHxLxK, start_B)
             positions_Bx1xTx1 = (start_B[:, None] + jnp.arange(L))[:, None, :, None]
             is_past_Bx1xTxL = jnp.arange(c.seq_len) <= positions_Bx1xTx1
-            parts = [masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_Bx1xTxL, drop)]
+            y_BxHxNxK = masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_Bx1xTxL, drop)
         else:
-            # The first half of the queries never sees the second half of the keys.
-            halves = [(0, N // 2), (N // 2, N)] if N > 1 else [(0, 1)]
-            parts = [
-                attend(q_BxHxNxK[:, :, i:j], k_BxHxLxK[:, :, :end], v_BxHxLxK[:, :, :end], drop)
-                for i, j in halves
-                for end in [L - N + j]
-            ]
-        y_BxHxNxK = checkpoint_name(jnp.concatenate(parts, axis=2), "attention")
+            y_BxHxNxK = causal_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, drop)
+        y_BxHxNxK = checkpoint_name(y_BxHxNxK, "attention")
         return linear(c, "proj", D, D)(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
 
     def _cached(self, name: str, new_BxHxTxK: jax.Array, start_B: jax.Array) -> jax.Array:
@@ -173,32 +140,6 @@ class Attention(nn.Module):
         starts_Bx3 = jnp.stack([0 * start_B, start_B, 0 * start_B], axis=1)
         cache.value = write(cache.value, new_BxHxTxK, starts_Bx3)
         return cache.value
-
-
-def attend(
-    q_BxHxNxK: jax.Array,
-    k_BxHxLxK: jax.Array,
-    v_BxHxLxK: jax.Array,
-    drop: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """Causal attention whose N queries are the last of the L positions."""
-    N, L = q_BxHxNxK.shape[2], k_BxHxLxK.shape[2]
-    is_past_NxL = jnp.arange(L) <= jnp.arange(L - N, L)[:, None]
-    return masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_NxL, drop)
-
-
-def masked_attention(
-    q_BxHxNxK: jax.Array,
-    k_BxHxLxK: jax.Array,
-    v_BxHxLxK: jax.Array,
-    is_past: jax.Array,
-    drop: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(B, 1,) N, L] lets a query see."""
-    scores_BxHxNxL = q_BxHxNxK @ k_BxHxLxK.swapaxes(2, 3) / math.sqrt(q_BxHxNxK.shape[-1])
-    scores_BxHxNxL = jnp.where(is_past, scores_BxHxNxL, -jnp.inf)
-    weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(scores_BxHxNxL.dtype)))
-    return drop(weights_BxHxNxL.astype(v_BxHxLxK.dtype)) @ v_BxHxLxK
 
 
 class QKV(nn.Module):
@@ -249,29 +190,6 @@ class Block(nn.Module):
         return x_BxNxD + Dropout(c.dropout_at("mlp"), name="mlp_drop")(
             h_BxNxD, deterministic=deterministic
         )
-
-
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, O], with the backward pass written so that nothing is transposed.
-
-    JAX's own gives the kernel's gradient as (g^T x)^T, and XLA on a CPU then writes g^T to memory.
-    """
-    return x @ kernel
-
-
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
-    return x @ kernel, (x, kernel)
-
-
-def _matmul_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
-    # One leading axis: with two, XLA transposes again.
-    x_MxI, g_MxO = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return g @ kernel.T, jnp.einsum("mi,mo->io", x_MxI, g_MxO)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def linear(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> nn.Dense:
@@ -332,13 +250,17 @@ class Model5(nn.Module):
         c, dtype = self.config, at_least_float32(self.config.dtype)
         self.wte_VxD = self.param("wte", wte_init(c), (c.vocab_size, c.d_model), dtype)
         self.wpe_LxD = self.param("wpe", wpe_init(c), (c.seq_len, c.d_model), dtype)
+        # A head of its own starts as a copy: what the course's code trains on a GPU.
+        self.head_VxD = (
+            self.wte_VxD if c.tied_head else self.param("head", lambda _: jnp.copy(self.wte_VxD))
+        )
         self.drop = Dropout(c.dropout_at("embedding"))
         self.trunk = Block(c)
         self.last_block = Block(c)
         self.ln_f = layer_norm(c, None)
 
     def __call__(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
-        return self.head(self.features(tokens_BxL, n_last=n_last, deterministic=deterministic))
+        return self.logits(self.features(tokens_BxL, n_last=n_last, deterministic=deterministic))
 
     def features(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
         """The final layer norm's output x_BxNxD."""
@@ -362,51 +284,8 @@ class Model5(nn.Module):
         x_BxNxD, _ = run(self.last_block, x_BxLxD, None)
         return self.ln_f(x_BxNxD)
 
-    def head(self, x_BxNxD: jax.Array) -> jax.Array:
-        """Tied head: logits_BxNxV = x wte^T [/ sqrt(D)]."""
+    def logits(self, x_BxNxD: jax.Array) -> jax.Array:
+        """logits_BxNxV = x head^T [/ sqrt(D)]; the head is wte itself unless it is untied."""
         c = self.config
-        # One leading axis, for the sake of the gradient of wte: see `matmul`.
-        logits_MxV = jnp.einsum(
-            "md,vd->mv",
-            x_BxNxD.reshape(-1, c.d_model),
-            self.wte_VxD.astype(c.dtype),
-            preferred_element_type=at_least_float32(c.dtype),
-        )
-        logits_BxNxV = logits_MxV.reshape(*x_BxNxD.shape[:-1], -1)
+        logits_BxNxV = matmul_transposed(x_BxNxD, self.head_VxD)
         return logits_BxNxV / math.sqrt(c.d_model) if c.scale_logits else logits_BxNxV
-
-
-# ---- a few more tokens: the KV cache ------------------------------------------------------------
-
-
-def unstack(params: dict) -> dict:
-    """The same parameters, `blocks` one by one instead of `trunk` and `last_block`.
-
-    A block cut from the stack is a copy. Generation cuts once, not for every token.
-    """
-    trunk, last = params.get("trunk"), params["last_block"]
-    depth = 0 if trunk is None else jax.tree.leaves(trunk)[0].shape[0]
-    blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)]
-    return {name: params[name] for name in ("wte", "wpe", "ln_f")} | {"blocks": [*blocks, last]}
-
-
-def extend(
-    unstacked: dict, cache: list, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, list]:
-    """Features x_BxTxD of T more tokens of each row, the first of them at position start_B.
-
-    Each block's cache holds the keys and values [B, H, L, K] of the positions before them, and is
-    returned with theirs added; [{}] * n_layers before the first tokens. The numbers are those of
-    one forward pass over all tokens.
-    """
-    positions_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
-    x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][positions_BxT]).astype(config.dtype)
-    block: Callable[..., Any] = functools.partial(Block(config).apply, mutable=["cache"])
-    longer = []
-    for params, kept in zip(unstacked["blocks"], cache, strict=True):
-        variables = {"params": params, "cache": kept}
-        T = tokens_BxT.shape[1]
-        x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, start_B=start_B)
-        longer.append(changed["cache"])
-    ln_f: Callable[..., Any] = layer_norm(config, None).apply
-    return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer

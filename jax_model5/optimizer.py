@@ -1,14 +1,12 @@
 """The optax update with PyTorch's formulas, and which parameters it moves."""
 
-import fnmatch
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_model5.config import OptimizerConfig, UserError
+from jax_model5.config import OptimizerConfig
+from jax_model5.errors import UserError
+from jax_model5.trees import split
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it; optax's clipping does not
 
@@ -54,33 +52,6 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def split(params: dict, patterns: str, field: str) -> tuple[dict, dict]:
-    """The leaves whose path matches one of the patterns, and the others; `merge` undoes it.
-
-    Raises:
-      UserError: a pattern matches no leaf; `field` is the key that it was given by.
-
-    >>> split({"wte": 1, "ln_f": {"scale": 2, "bias": 3}}, "wte */bias", "optimizer.freeze")
-    ({'wte': 1, 'ln_f': {'bias': 3}}, {'ln_f': {'scale': 2}})
-    """
-    leaves = flatten_dict(params, sep="/")
-    matched: dict[str, Any] = {}
-    for pattern in patterns.split():
-        found = {path: leaves[path] for path in fnmatch.filter(leaves, pattern)}
-        if not found:
-            raise UserError(
-                f"{field}={patterns!r}: {pattern!r} is no parameter; they are {', '.join(leaves)}"
-            )
-        matched |= found
-    others = {path: leaf for path, leaf in leaves.items() if path not in matched}
-    return unflatten_dict(matched, sep="/"), unflatten_dict(others, sep="/")
-
-
-def merge(params: dict, others: dict) -> dict:
-    """One tree of the leaves of two; those of `others` win."""
-    return unflatten_dict(flatten_dict(params) | flatten_dict(others))
-
-
 def split_frozen(params: dict, config: OptimizerConfig) -> tuple[dict, dict]:
     """The parameters that move, and those that do not: the optimizer never sees the latter.
 
@@ -89,5 +60,6 @@ def split_frozen(params: dict, config: OptimizerConfig) -> tuple[dict, dict]:
     """
     frozen, moving = split(params, config.freeze, "optimizer.freeze")
     if not moving:
-        raise UserError(f"optimizer.freeze={config.freeze!r}: leaves nothing to train; freeze less")
+        words = " ".join(config.freeze)
+        raise UserError(f"optimizer.freeze={words!r}: leaves nothing to train; freeze less")
     return moving, frozen

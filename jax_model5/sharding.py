@@ -1,29 +1,14 @@
-"""The devices: JAX set up for a run, the mesh, and where parameters and batches live on it."""
+"""The device mesh, and where parameters and batches live on it."""
 
-import logging
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_model5.config import TrainConfig, UserError
-
-
-def set_up_jax(config: TrainConfig) -> None:
-    """Precision, compile cache and processes of a run, before any array is made."""
-    # A failed read or save is raised; what its callbacks and tasks report is the same news again.
-    sys.unraisablehook = lambda _: None
-    for source in ("absl", "asyncio"):
-        logging.getLogger(source).setLevel(logging.CRITICAL)
-    jax.config.update("jax_enable_x64", config.model.dtype == "float64")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(config.data.cache_dir).expanduser() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    join_processes()
+from jax_model5.config import TrainConfig
+from jax_model5.errors import UserError
 
 
 def make_mesh(config: TrainConfig) -> Mesh:
@@ -32,10 +17,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
     Raises:
       UserError: the axes do not fit the devices, or the batch does not split over them.
     """
-    try:
-        n_devices = jax.device_count()
-    except RuntimeError as error:
-        raise UserError(f"no device: {error}; check JAX_PLATFORMS") from None
+    n_devices = len(devices())
     fsdp = config.mesh.fsdp
     data = config.mesh.data or max(n_devices // fsdp, 1)
     if data * fsdp > n_devices:
@@ -50,8 +32,34 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"split over {data * fsdp} devices; use a multiple of {data * fsdp * config.accumulate}"
         )
     axis_types = (AxisType.Auto, AxisType.Auto)
-    devices = jax.devices()[: data * fsdp]
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=devices)
+    chosen = jax.devices()[: data * fsdp]
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=chosen)
+
+
+def devices() -> list[jax.Device]:
+    """All devices of all processes. Raises UserError where JAX finds none."""
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"no device: {error}; check JAX_PLATFORMS") from None
+
+
+def device_memory() -> int | None:
+    """Bytes of one device, where it tells; on a CPU its share of the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def rows_of_a_device(n_rows: int) -> int:
+    """Of a batch's rows those that one device computes, in a program traced under `jax.set_mesh`.
+
+    All of them where no mesh is set.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return n_rows if mesh.empty else max(1, n_rows // mesh.size)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,24 +85,15 @@ def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
     return jax.tree.map(place, abstract_state)
 
 
+def shards(mesh: Mesh, abstract_tree: Any) -> Any:
+    """What one device holds of a tree of shapes, as shapes."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(place.shard_shape(leaf.shape), leaf.dtype),
+        abstract_tree,
+        state_sharding(mesh, abstract_tree),
+    )
+
+
 def to_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     """The global batch -> one global array; each process hands over its own devices' rows."""
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), batch.__getitem__)
-
-
-def join_processes() -> None:
-    """Joins the run's other processes: a TPU pod's, or those that three JAX_* variables name.
-
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    """
-    variables = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
-    if jax.distributed.is_initialized():
-        return
-    if variables[0] in os.environ:
-        try:
-            address, count, index = (os.environ[name] for name in variables)
-            jax.distributed.initialize(address, int(count), int(index))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{', '.join(variables)}: set all three: {error}") from None
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_model5.config import TrainConfig
+from jax_model5.config import TEST_METRICS, TrainConfig
+from jax_model5.losses import Loss, n_last, nll, position_losses
 from jax_model5.model import Model5
-from jax_model5.objectives import n_last, window_nll
-from jax_model5.optimizer import merge, optimizer, schedule, split_frozen
+from jax_model5.optimizer import optimizer, schedule, split_frozen
+from jax_model5.trees import merge
 
-TEST_METRICS = ("final_token_nll", "all_token_nll")
 INIT, DROPOUT, SAMPLE = range(3)  # what a key is for: folded into the run's one key
 
 
@@ -37,10 +37,19 @@ def init_state(key: jax.Array, *, config: TrainConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
-def abstract_params(config: TrainConfig) -> dict:
-    """The shape and dtype of every parameter."""
-    key = jax.random.key(0, impl=config.prng)
-    return jax.eval_shape(functools.partial(init_state, config=config), key).params
+@functools.cache
+def abstract_state(config: TrainConfig) -> TrainState:
+    """The shape and dtype of every leaf of a run's state, without a device.
+
+    Raises:
+      UserError: `freeze` names no parameter, or all of them.
+    """
+
+    def init(seed: jax.Array) -> TrainState:
+        return init_state(jax.random.key(seed, impl=config.prng), config=config)
+
+    with jax.enable_x64(config.model.dtype == "float64"):
+        return jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def dropout_key(key: jax.Array, step: jax.Array | int, micro_batch: jax.Array | int) -> jax.Array:
@@ -50,19 +59,24 @@ def dropout_key(key: jax.Array, step: jax.Array | int, micro_batch: jax.Array | 
 
 
 def train_step(
-    state: TrainState, key: jax.Array, windows_BxL1: jax.Array, *, config: TrainConfig
+    state: TrainState,
+    key: jax.Array,
+    windows_BxL1: jax.Array,
+    *,
+    config: TrainConfig,
+    loss: Loss = nll,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step with dropout on. `key` is the run's key, windows are [B, L + 1].
 
-    Returns the next state and loss [nats], grad_norm (before clipping), learning_rate and the
-    param_norm of the next state.
+    Returns the next state and loss [nats of nll], grad_norm (before clipping), learning_rate and
+    the param_norm of the next state.
     """
-    loss, gradients = loss_and_gradients(state, key, windows_BxL1, config=config)
+    mean_loss, gradients = loss_and_gradients(state, key, windows_BxL1, config=config, loss=loss)
     update = optimizer(config.optimizer, config.steps)
     moving, frozen = split_frozen(state.params, config.optimizer)
     updates, opt_state = update.update(gradients, state.opt_state, moving)
     metrics = {
-        "loss": loss,
+        "loss": mean_loss,
         "grad_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(schedule(config.optimizer, config.steps)(state.step)),
     }
@@ -72,7 +86,12 @@ def train_step(
 
 
 def loss_and_gradients(
-    state: TrainState, key: jax.Array, windows_BxL1: jax.Array, *, config: TrainConfig
+    state: TrainState,
+    key: jax.Array,
+    windows_BxL1: jax.Array,
+    *,
+    config: TrainConfig,
+    loss: Loss = nll,
 ) -> tuple[jax.Array, dict]:
     """Mean loss and its gradients, summed over `accumulate` micro-batches by one scan.
 
@@ -80,17 +99,18 @@ def loss_and_gradients(
     """
     moving, frozen = split_frozen(state.params, config.optimizer)
 
-    def loss_fn(moving: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
-        return window_nll(
+    def mean_loss(moving: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
+        return position_losses(
             merge(moving, frozen),
             windows_bxL1,
             config,
             n_last=n_last(config),
             deterministic=False,
+            loss=loss,
             dropout_key=dropout_key(key, state.step, micro_batch),
         ).mean()
 
-    value_and_grad = jax.value_and_grad(loss_fn)
+    value_and_grad = jax.value_and_grad(mean_loss)
     if config.accumulate == 1:
         return value_and_grad(moving, windows_BxL1, jnp.int32(0))
 
@@ -115,9 +135,9 @@ def eval_step(
 ) -> dict[str, jax.Array]:
     """Final-token and all-token NLL [nats] of one test batch, dropout off, any objective."""
 
-    def nll(windows_bxL1: jax.Array) -> jax.Array:
+    def nll_of(windows_bxL1: jax.Array) -> jax.Array:
         n = config.model.seq_len
-        return window_nll(params, windows_bxL1, config, n_last=n, deterministic=True)
+        return position_losses(params, windows_bxL1, config, n_last=n, deterministic=True)
 
-    nll_AxbxL = jax.lax.map(nll, _micro_batches(windows_BxL1, config))
+    nll_AxbxL = jax.lax.map(nll_of, _micro_batches(windows_BxL1, config))
     return dict(zip(TEST_METRICS, (nll_AxbxL[..., -1].mean(), nll_AxbxL.mean()), strict=True))

@@ -9,7 +9,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from jax_model5.config import UserError
+from jax_model5.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,13 +10,9 @@ from typing import Any
 
 import jax
 
-from jax_model5.config import (
-    ArgumentParser,
-    DataConfig,
-    TrainConfig,
-    UserError,
-    one_line_errors,
-)
+from jax_model5.config import DataConfig, TrainConfig
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors
+from jax_model5.startup import keep_programs
 from parity_tests import drift, faults, ladder, page, report
 
 
@@ -44,6 +39,7 @@ def main() -> int:
         use_device(options.device)
         configs = [report.default_config(dtype) for dtype in ladder.DTYPES]
         fault = fault_named(options.inject)
+        configs = [fault.marked(config) for config in configs] if fault else configs
         if options.html:
             write_page(options.html, [], [])  # not after minutes of work
         with fault.plant() if fault else contextlib.nullcontext():
@@ -100,9 +96,7 @@ def write_page(name: str, texts: Sequence[str], figures: Sequence[Any]) -> None:
 def use_device(name: str) -> None:
     """JAX on this device, its compiled programs kept for the next time as training's are."""
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(DataConfig().cache_dir).expanduser() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_programs(DataConfig().cache_dir)
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no plugin of it is installed

@@ -1,38 +1,17 @@
-"""Weights, gradients and dropout masks from one framework to the other, by one table."""
+"""Weights, gradients and dropout masks from one framework to the other, by the table of leaves."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from jax_model5.config import ModelConfig
+from jax_model5.trees import from_layout, leaves_of, table, to_layout
 
-# name in a JAX block, name in a PyTorch block, transposed
-BLOCK_LEAVES = [
-    ("ln_1/scale", "ln_1.weight", False),
-    ("ln_1/bias", "ln_1.bias", False),
-    ("attn/qkv/kernel", "attn.qkv.weight", True),
-    ("attn/qkv/bias", "attn.qkv.bias", False),
-    ("attn/proj/kernel", "attn.proj.weight", True),
-    ("attn/proj/bias", "attn.proj.bias", False),
-    ("ln_2/scale", "ln_2.weight", False),
-    ("ln_2/bias", "ln_2.bias", False),
-    ("fc/kernel", "fc.weight", True),
-    ("fc/bias", "fc.bias", False),
-    ("out/kernel", "out.weight", True),
-    ("out/bias", "out.bias", False),
-]
-ROOT_LEAVES = [
-    ("wte", "wte.weight", False),
-    ("wpe", "wpe.weight", False),
-    ("ln_f/scale", "ln_f.weight", False),
-    ("ln_f/bias", "ln_f.bias", False),
-]
 BLOCK_MASKS = [
     ("attn/drop", "attn.attend"),
     ("attn_drop", "attn_drop"),
@@ -46,79 +25,63 @@ class Mismatch(Exception):
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
     """{"trunk/fc/kernel": array, ...}"""
-    leaves = flax.traverse_util.flatten_dict(tree, sep="/")
-    return {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    return {path: np.asarray(leaf) for path, leaf in leaves_of(tree).items()}
 
 
-def _table(n_layers: int) -> Iterator[tuple[str, int | None, str, bool]]:
-    """JAX leaf, index on its layer axis, PyTorch name, transposed."""
-    for ours, theirs, transposed in ROOT_LEAVES:
-        yield ours, None, theirs, transposed
-    for layer in range(n_layers):
-        stack, index = ("last_block", None) if layer == n_layers - 1 else ("trunk", layer)
-        for ours, theirs, transposed in BLOCK_LEAVES:
-            yield f"{stack}/{ours}", index, f"blocks.{layer}.{theirs}", transposed
-
-
-def to_torch(tree: Any, n_layers: int) -> dict[str, torch.Tensor]:
+def to_torch(tree: Any, config: ModelConfig) -> dict[str, torch.Tensor]:
     """Parameters (or their gradients) of JAX under PyTorch's names.
 
     Raises:
       Mismatch: a leaf that the table does not know, or lacks.
     """
-    leaves = flat(tree)
-    unknown = leaves.keys() ^ {ours for ours, *_ in _table(n_layers)}
+    unknown = leaves_of(tree).keys() ^ {place.path for place in table(config, "torch_ref")}
     if unknown:
         raise Mismatch(f"leaves without a counterpart: {sorted(unknown)}")
-    named = {}
-    for ours, index, theirs, transposed in _table(n_layers):
-        array = leaves[ours] if index is None else leaves[ours][index]
-        named[theirs] = torch.from_numpy(np.array(array.T if transposed else array, order="C"))
-    return named
+    named = to_layout(tree, config, "torch_ref")
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in named.items()}
 
 
-def from_torch(named: Mapping[str, torch.Tensor | None], n_layers: int) -> dict:
+def from_torch(named: Mapping[str, torch.Tensor | None], config: ModelConfig) -> dict:
     """The inverse of `to_torch`: a nested tree of JAX arrays.
 
     Raises:
-      Mismatch: a tensor that the table does not know, or lacks.
+      Mismatch: a tensor that the table does not know, or lacks, or of another shape.
     """
-    unknown = named.keys() ^ {theirs for _, _, theirs, _ in _table(n_layers)}
+    unknown = named.keys() ^ {place.name for place in table(config, "torch_ref")}
     if unknown:
         raise Mismatch(f"tensors without a counterpart: {sorted(unknown)}")
-    layers: dict[str, list[np.ndarray]] = {}
-    for ours, _, theirs, transposed in _table(n_layers):
-        tensor = named[theirs]
+
+    def read(name: str) -> np.ndarray:
+        tensor = named[name]
         if tensor is None:
-            raise Mismatch(f"{theirs} has no value")
-        array = tensor.detach().numpy()
-        layers.setdefault(ours, []).append(array.T if transposed else array)
-    leaves = {
-        name: jnp.asarray(np.stack(arrays) if name.startswith("trunk/") else arrays[0])
-        for name, arrays in layers.items()
-    }
-    return flax.traverse_util.unflatten_dict(leaves, sep="/")
+            raise Mismatch(f"{name} has no value")
+        return tensor.detach().numpy()
+
+    try:
+        return jax.tree.map(jnp.asarray, from_layout(read, config, "torch_ref"))
+    except ValueError as error:
+        raise Mismatch(str(error)) from None
 
 
-def counterparts(model: torch.nn.Module, n_layers: int) -> dict[str, torch.nn.Parameter]:
+def counterparts(model: torch.nn.Module, config: ModelConfig) -> dict[str, torch.nn.Parameter]:
     """The module's parameters that have a counterpart in JAX, by PyTorch's names.
 
     Raises:
       Mismatch: the module lacks one.
     """
     parameters = dict(model.named_parameters())
-    names = [theirs for _, _, theirs, _ in _table(n_layers)]
+    names = [place.name for place in table(config, "torch_ref")]
     missing = [name for name in names if parameters.get(name) is None]
     if missing:
         raise Mismatch(f"the PyTorch model lacks {missing}")
     return {name: parameters[name] for name in names}
 
 
-def load(model: torch.nn.Module, params: Any, n_layers: int) -> None:
+def load(model: torch.nn.Module, params: Any, config: ModelConfig) -> None:
     """Copies JAX's parameters into the module. Raises Mismatch where it lacks one."""
-    named = to_torch(params, n_layers)
+    named = to_torch(params, config)
     with torch.no_grad():
-        for name, parameter in counterparts(model, n_layers).items():
+        for name, parameter in counterparts(model, config).items():
             parameter.copy_(named[name])
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jax_model5 import objectives
+from jax_model5 import losses
 
 MEASUREMENTS = pytest.StashKey[list]()
 CAUGHT = pytest.StashKey[list]()
@@ -27,7 +27,7 @@ def _programs_of_one_module():
 @pytest.fixture(autouse=True)
 def _logits_in_chunks(monkeypatch):
     """The smallest cases stay whole; longer ones take the path of a full-size vocabulary."""
-    monkeypatch.setattr(objectives, "_ROWS", 40)
+    monkeypatch.setattr(losses, "_ROWS", 40)
 
 
 @pytest.fixture

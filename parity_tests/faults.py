@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch_ref.loss
 import torch_ref.model
 import torch_ref.step
-from jax_model5 import model, objectives, optimizer
+from jax_model5 import kernels, model, optimizer
 from jax_model5.config import TrainConfig
 from parity_tests import ladder
 
@@ -44,9 +44,11 @@ class Fault:
     where: str
     operation: str
     plant: Callable[[], AbstractContextManager[Any]]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)  # the variant that shows it
 
     def marked(self, config: TrainConfig) -> TrainConfig:
-        """A config that no other measurement has, so that JAX compiles the fault anew."""
+        """Its variant, and no other measurement's config, so that JAX compiles the fault anew."""
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **self.model))
         in_model = self.side == JAX and self.operation != "optimizer"
         return dataclasses.replace(config, workdir=self.name) if in_model else config
 
@@ -77,6 +79,12 @@ class UntiedModel(_TorchModel):
     def __init__(self, config):
         super().__init__(config)
         self.head.weight = torch.nn.Parameter(self.wte.weight.detach().clone())
+
+
+class TiedModel(_TorchModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.head.weight = self.wte.weight
 
 
 class AttentionWithoutBias(_TorchAttention):
@@ -203,7 +211,7 @@ def _in_float32(x, kernel):
 
 
 def _attend(scale=1.0, offset=True, through_v=True):
-    """jax_model5.model.attend with another scale, mask or backward pass."""
+    """jax_model5.kernels.attend with another scale, mask or backward pass."""
 
     def attend(q, k, v, drop):
         N, L, K = q.shape[2], *k.shape[2:]
@@ -217,13 +225,14 @@ def _attend(scale=1.0, offset=True, through_v=True):
     return attend
 
 
-_gelu, _nll, _adamw = jax.nn.gelu, objectives.nll, optax.adamw
+_NLL = "softmax_cross_entropy_with_integer_labels"
+_gelu, _nll, _adamw = jax.nn.gelu, getattr(optax, _NLL), optax.adamw
 
 
 # Wrapped as Flax wraps the methods of a module's class, which it knows by their names.
 @flax.linen.module.wrap_method_once
-def head(self, x):
-    return x @ self.wte_VxD.T / self.config.d_model
+def logits(self, x):
+    return x @ self.head_VxD.T / self.config.d_model
 
 
 @flax.linen.module.wrap_method_once
@@ -258,6 +267,15 @@ FAULTS = [
             "head.weight",
             "parameters",
             _replace(torch_ref.model, "Model5", UntiedModel),
+        ),
+        (
+            "tied where the head is its own",
+            PYTORCH,
+            "1 weights",
+            "head.weight",
+            "parameters",
+            _replace(torch_ref.model, "Model5", TiedModel),
+            {"tied_head": False},
         ),
         (
             "missing bias",
@@ -350,7 +368,7 @@ FAULTS = [
             "2 operations",
             "attention",
             _WEIGHTS,
-            _replace(model, "attend", _attend(scale=0.5)),
+            _replace(kernels, "attend", _attend(scale=0.5)),
         ),
         (
             "off-by-one mask",
@@ -366,7 +384,7 @@ FAULTS = [
             "2 operations",
             "attention",
             _WEIGHTS,
-            _replace(model, "attend", _attend(offset=False)),
+            _replace(kernels, "attend", _attend(offset=False)),
         ),
         (
             "attention in float32",
@@ -382,7 +400,7 @@ FAULTS = [
             "5 gradients",
             "",
             "block 1: attention, backward",
-            _replace(model, "attend", _attend(through_v=False)),
+            _replace(kernels, "attend", _attend(through_v=False)),
         ),
         (
             "heads merged without transpose",
@@ -427,20 +445,29 @@ FAULTS = [
         ),
         # GELU
         (
+            "tanh for erf",
+            PYTORCH,
+            "2 operations",
+            "gelu",
+            f"{_B0}gelu",
+            _replace(torch.nn, "GELU", lambda approximate, gelu=torch.nn.GELU: gelu("tanh")),
+        ),
+        (
+            "tanh for erf in JAX",
+            JAX,
+            "2 operations",
+            "gelu",
+            f"{_B0}gelu",
+            _replace(jax.nn, "gelu", lambda x, approximate: _gelu(x, approximate=True)),
+        ),
+        (
             "erf for tanh",
             PYTORCH,
             "2 operations",
             "gelu",
             f"{_B0}gelu",
             _replace(torch.nn, "GELU", lambda approximate, gelu=torch.nn.GELU: gelu("none")),
-        ),
-        (
-            "erf for tanh in JAX",
-            JAX,
-            "2 operations",
-            "gelu",
-            f"{_B0}gelu",
-            _replace(jax.nn, "gelu", lambda x, approximate: _gelu(x, approximate=False)),
+            {"gelu": "tanh"},
         ),
         (
             "sigmoid GELU",
@@ -465,7 +492,7 @@ FAULTS = [
             "2 operations",
             "head",
             "logits",
-            _replace(model.Model5, "head", head),
+            _replace(model.Model5, "logits", logits),
         ),
         (
             "logits in bfloat16",
@@ -505,7 +532,7 @@ FAULTS = [
             "4 loss",
             "loss",
             "loss",
-            _replace(objectives, "nll", lambda x, y: _nll(x, y) / jnp.log(2.0)),
+            _replace(optax, _NLL, lambda x, y: _nll(x, y) / jnp.log(2.0)),
         ),
         # dropout
         (

@@ -15,8 +15,8 @@ import torch
 import torch_ref.loss
 import torch_ref.model
 import torch_ref.step
-from jax_model5 import model, objectives, optimizer, step
-from jax_model5.config import ModelConfig, OptimizerConfig, TrainConfig
+from jax_model5 import losses, model, optimizer, step
+from jax_model5.config import TEST_METRICS, ModelConfig, OptimizerConfig, TrainConfig
 from parity_tests import bridge
 
 DTYPES = ("float64", "float32")
@@ -96,12 +96,15 @@ class Pair:
         self.dtype = jnp.dtype(config.model.dtype)
         self.key = jax.random.key(config.seed)
         self.random = np.random.default_rng(config.seed)
-        # Far from the init: biases, scales and every leaf's place matter.
-        self.params = self.random_tree(mean=0.1, std=0.2) if params is None else params
+        # Far from the init: biases, scales and every leaf's place matter. Smaller in a deep model,
+        # as GPT-2's own init is, or each layer would multiply the rounding of those before it.
+        scale = min(1.0, 3 / self.n_layers) ** 0.5
+        mean, std = 0.1 * scale, 0.2 * scale
+        self.params = self.random_tree(mean, std) if params is None else params
         shape = (config.batch_size, config.model.seq_len + 1)
         self.windows = self.random.integers(0, config.model.vocab_size, shape).astype(np.int32)
         self.torch_model = torch_ref.model.Model5(config.model).to(self.torch_dtype)
-        bridge.load(self.torch_model, self.params, self.n_layers)
+        bridge.load(self.torch_model, self.params, config.model)
         self.torch_model.eval()
 
     @property
@@ -122,11 +125,11 @@ class Pair:
 
     def torch_params(self) -> Any:
         """PyTorch's parameters as a tree of JAX's."""
-        return bridge.from_torch(self.named_parameters(), self.n_layers)
+        return bridge.from_torch(self.named_parameters(), self.config.model)
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """PyTorch's counterparts of the JAX leaves."""
-        return bridge.counterparts(self.torch_model, self.n_layers)
+        return bridge.counterparts(self.torch_model, self.config.model)
 
     def state(self) -> step.TrainState:
         update = optimizer.optimizer(self.config.optimizer, self.config.steps)
@@ -140,9 +143,7 @@ class Pair:
 
 @functools.cache
 def _shapes(config: ModelConfig) -> Any:
-    tokens = jnp.zeros((1, config.seq_len), jnp.int32)
-    init = functools.partial(model.Model5(config).init, n_last=1, deterministic=True)
-    return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+    return step.abstract_state(TrainConfig(model=config)).params
 
 
 # ---- rungs --------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def _operations(
         "out": linear(block["out"], wide),
         "attention": model.Attention(c).apply({"params": attention}, x, L, deterministic=True),
         "block": model.Block(c).apply({"params": block}, x, L, deterministic=True),
-        "head": model.Model5(c).apply({"params": params}, x, method="head"),
+        "head": model.Model5(c).apply({"params": params}, x, method="logits"),
     }
 
 
@@ -259,7 +260,7 @@ def gradients(config: TrainConfig) -> Comparisons:
     _, ours = _loss_and_gradients(pair.state(), pair.key, pair.windows, config=config)
     _torch_loss(pair).backward()
     theirs = {name: tensor.grad for name, tensor in pair.named_parameters().items()}
-    expected = bridge.flat(bridge.from_torch(theirs, pair.n_layers))
+    expected = bridge.flat(bridge.from_torch(theirs, config.model))
     for name, leaf in bridge.flat(ours).items():
         yield name, leaf, expected[name]
         if name.endswith(_QKV_BIAS):
@@ -285,7 +286,7 @@ def updates(config: TrainConfig) -> Comparisons:
     params, state = pair.params, pair.state().opt_state
     for _ in range(config.steps):
         grads = pair.random_tree(mean=0.0, std=0.1)
-        for name, gradient in bridge.to_torch(grads, pair.n_layers).items():
+        for name, gradient in bridge.to_torch(grads, config.model).items():
             pair.named_parameters()[name].grad = gradient
         max_norm = config.optimizer.clip_norm or np.inf
         torch.nn.utils.clip_grad_norm_(pair.torch_model.parameters(), max_norm)
@@ -355,6 +356,7 @@ def train_both(pair: Pair) -> Iterator[tuple[Trained, Trained]]:
         expected = torch_ref.step.train_step(
             pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
         )
+        expected["param_norm"] = torch_ref.step.param_norm(pair.torch_model)
         yield Trained(ours, state.params), Trained(expected, pair.torch_params())
 
 
@@ -366,7 +368,7 @@ def _masks(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConf
     _, variables = model.Model5(config.model).apply(
         {"params": params},
         windows[:, :-1],
-        n_last=objectives.n_last(config),
+        n_last=losses.n_last(config),
         deterministic=False,
         rngs={"dropout": key},
         method="features",
@@ -382,7 +384,7 @@ def modes(config: TrainConfig) -> Comparisons:
     ours = _eval_step(pair.params, pair.windows, config=config)
     pair.torch_model.train()
     expected = torch_ref.step.eval_step(pair.torch_model, windows, config)
-    for name in ("all_token_nll", "final_token_nll"):
+    for name in TEST_METRICS:
         yield f"eval mode: {name}", ours[name], expected[name]
     if config.model.dropout == 0:
         return
@@ -416,6 +418,7 @@ RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
     "8 train/eval": modes,
 }
 EXACT = ("1 weights",)
+WITH_DROPOUT = ("7 trajectory, dropout", "8 train/eval")
 
 
 def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
@@ -456,11 +459,12 @@ def case(
     optimizer: OptimizerConfig | None = None,
     **model_fields: Any,
 ) -> TrainConfig:
-    fields = {"vocab_size": 61, "seq_len": 8, "d_model": 16, "n_heads": 4, "n_layers": 3}
+    # No two sizes that a mistake could take for each other are equal: H and K, D and K², B and N.
+    fields = {"vocab_size": 61, "seq_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 3}
     fields |= {"dropout": 0.0, "dtype": dtype} | model_fields
     return TrainConfig(
         objective=objective,
-        last_k=3,
+        last_k=5,
         batch_size=batch_size,
         steps=steps,
         accumulate=accumulate,
@@ -470,17 +474,42 @@ def case(
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "3 layers, 4 heads, L 8": {},
-    "1 layer, 1 head, L 8, batch 1": {"n_layers": 1, "n_heads": 1, "batch_size": 1},
+    "3 layers, 2 heads, L 8": {},
+    "1 layer, 1 head, L 8, batch 1, tanh": {
+        "n_layers": 1,
+        "n_heads": 1,
+        "batch_size": 1,
+        "gelu": "tanh",
+    },
     "3 layers, 1 head, L 64, unscaled logits": {
         "n_heads": 1,
         "seq_len": 64,
         "scale_logits": False,
         "batch_size": 1,
     },
-    "1 layer, 4 heads, L 256": {"n_layers": 1, "seq_len": 256},
-    "3 layers, 4 heads, L 256, erf": {"seq_len": 256, "gelu": "erf", "batch_size": 1},
-    "2 layers, 4 heads, L 33, width 64": {"n_layers": 2, "seq_len": 33, "d_model": 64},
+    "1 layer, 2 heads, L 256": {"n_layers": 1, "seq_len": 256},
+    "3 layers, 2 heads, L 256, tanh": {"seq_len": 256, "gelu": "tanh", "batch_size": 1},
+    "2 layers, 4 heads, L 33, width 64": {
+        "n_layers": 2,
+        "n_heads": 4,
+        "seq_len": 33,
+        "d_model": 64,
+    },
+}
+# Every rung with each GELU, each head, and trunks of 2 layers (unrolled) and of 7 (scanned, as the
+# full size is): of the eight combinations those four that show each pair of choices together.
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"{n_layers} layers, {gelu}, {'tied' if tied else 'untied'}": {
+        "n_layers": n_layers,
+        "gelu": gelu,
+        "tied_head": tied,
+    }
+    for n_layers, gelu, tied in (
+        (8, "erf", False),
+        (8, "tanh", True),
+        (3, "erf", True),
+        (3, "tanh", False),
+    )
 }
 OBJECTIVES = ("final_token", "all_tokens", "last_k")
 OPTIMIZERS: dict[str, OptimizerConfig] = {
@@ -507,6 +536,11 @@ def cases(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
         yield "6 updates", name, case(dtype, optimizer=update, n_layers=2)
     yield from _trajectories(dtype)
     yield "8 train/eval", "dropout 0.1", case(dtype, dropout=0.1)
+    variants = list(VARIANTS.items())
+    for name, fields in variants if dtype == "float64" else variants[:1]:
+        for rung in RUNGS:
+            dropout = 0.1 if rung in WITH_DROPOUT else 0.0
+            yield rung, name, case(dtype, "last_k", steps=3, dropout=dropout, **fields)
 
 
 def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
@@ -519,7 +553,7 @@ def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
             config = case(dtype, objective, steps=20, dropout=rate, **SHAPES[shape])
             yield rung, f"{shape}, {objective}", config
     if dtype == "float64":
-        sites = {"dropout": 0.1, "dropout_sites": "embedding mlp"}
+        sites = {"dropout": 0.1, "dropout_sites": ("embedding", "mlp")}
         two = case(dtype, "all_tokens", steps=20, **sites)
         yield "7 trajectory, dropout", "two of the sites", two
     accumulated = case(dtype, "all_tokens", 6, steps=20, accumulate=3)
@@ -528,6 +562,6 @@ def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
 
 def smallest(rung: str) -> TrainConfig:
     """The float64 case that a planted fault must fail."""
-    rate = 0.1 if rung in ("7 trajectory, dropout", "8 train/eval") else 0.0
+    rate = 0.1 if rung in WITH_DROPOUT else 0.0
     update = dataclasses.replace(ADAMW, clip_norm=0.5) if rung == "6 updates" else ADAMW
     return case("float64", dropout=rate, optimizer=update)

@@ -16,7 +16,8 @@ FLOAT32_TOLERANCES = {
     "gradient": 1.2e-5,  # 3.5e-6
 }
 # The operations that own the parameters.
-_OWNERS = {"wte": "embedding and logits", "wpe": "embedding", "attn/qkv": "q, k, v"}
+_OWNERS = {"wpe": "embedding", "head": "logits", "attn/qkv": "q, k, v"}
+_STACKS = ("trunk", "last_block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +76,15 @@ def rows(config: TrainConfig) -> Iterator[Row]:
 def _rung(rung: str, config: TrainConfig, operation: str) -> Iterator[Row]:
     """A rung of the ladder; without an operation, that which owns the parameter."""
     for m in ladder.measure(rung, "", config):
-        owner = operation or _owner(m.where)
+        owner = operation or _owner(m.where, config)
         fields = m.dtype, config.model.dropout, m.max_abs, m.error, m.tolerance
         yield Row(owner, f"{rung.partition(' ')[2]}: {m.where}", *fields)
 
 
-def _owner(leaf: str) -> str:
+def _owner(leaf: str, config: TrainConfig) -> str:
     """trunk/attn/qkv/kernel -> trunk: q, k, v"""
+    if leaf == "wte":
+        return "embedding and logits" if config.model.tied_head else "embedding"
     stack, _, path = leaf.rpartition("/")[0].partition("/")
     if not path:
         return _OWNERS.get(leaf, stack or leaf)
@@ -206,7 +209,7 @@ def _inputs(pair: ladder.Pair, masks: Any, ours: Side, block: str) -> spec.Input
     prefix = f"{block}: " if block else ""
     before = f"block {layer - 1}: MLP residual"
     start = "embedding dropout" if pair.config.model.dropout else "embedding"
-    root = {name: pair.params[name] for name in ("wte", "wpe", "ln_f")}
+    root = {name: leaf for name, leaf in pair.params.items() if name not in _STACKS}
 
     def exact(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {name: np.asarray(leaf, np.float64) for name, leaf in leaves.items()}

@@ -115,10 +115,10 @@ def residual(i: Inputs, branch: str, site: str, *, rescale: float = 1.0, x: floa
 
 def logits(i: Inputs, scale: float | None = None, low: Any = None) -> Array:
     default = i.config.d_model**-0.5 if i.config.scale_logits else 1.0
-    x, wte = i.values["ln_f"], i.root["wte"]
+    x, head = i.values["ln_f"], i.root["wte" if i.config.tied_head else "head"]
     if low is not None:
-        x, wte = _rounded(x, low), _rounded(wte, low)
-    return x @ wte.T * (default if scale is None else scale)
+        x, head = _rounded(x, low), _rounded(head, low)
+    return x @ head.T * (default if scale is None else scale)
 
 
 def loss(i: Inputs, *, roll: int = 0, smooth: float = 0.0, normalized: bool = True) -> Array:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 import torch_ref.loss
-from jax_model5 import model, objectives, step
+from jax_model5 import losses, model, step
 from jax_model5.config import TrainConfig
+from jax_model5.trees import leaves_of, tree_of
 from parity_tests import bridge
 from parity_tests.ladder import Pair
 
@@ -42,7 +42,7 @@ ROOT_TAPS = {
     "embedding": ("drop", "in", "drop", "in"),
     "embedding dropout": ("drop", "out", "drop", "out"),
     "ln_f": ("ln_f", "out", "ln_f", "out"),
-    "logits": ("", "head", "", "out"),
+    "logits": ("", "logits", "", "out"),
 }
 # Whose backward pass a gradient comes out of, where that is not the next operation.
 CONSUMERS = {
@@ -79,28 +79,29 @@ def of_jax(config: TrainConfig) -> tuple[Values, Values, Any]:
     windows = jnp.asarray(pair.windows)
     key = step.dropout_key(pair.key, 0, 0)
     shapes = jax.eval_shape(functools.partial(_run, config), pair.params, windows, key, {})[1]
-    sown = flax.traverse_util.flatten_dict(shapes)
-    zeros = {
-        (*path[:-1], f"d {path[-1]}"): jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), leaf)
-        for path, leaf in sown.items()
-        if path[-1] in _TAP_NAMES
-    }
+    zeros = {}
+    for path, leaf in leaves_of(shapes).items():
+        where, slash, name = path.rpartition("/")
+        if name in _TAP_NAMES:
+            zeros[f"{where}{slash}d {name}"] = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype), leaf
+            )
     tapped = jax.jit(jax.value_and_grad(functools.partial(_run, config), argnums=3, has_aux=True))
-    (loss, values), gradients = tapped(
-        pair.params, windows, key, flax.traverse_util.unflatten_dict(zeros)
-    )
-    flat_values = flax.traverse_util.flatten_dict(values, sep="/")
+    (loss, values), gradients = tapped(pair.params, windows, key, tree_of(zeros))
+    flat_values = leaves_of(values)
     masks = {path: leaf for path, leaf in flat_values.items() if path.endswith("keep")}
-    masks = bridge.record_masks({"masks": flax.traverse_util.unflatten_dict(masks, sep="/")})
-    deltas = flax.traverse_util.flatten_dict(gradients, sep="/")
-    deltas = {path.replace("/d ", "/").removeprefix("d "): leaf for path, leaf in deltas.items()}
+    masks = bridge.record_masks({"masks": tree_of(masks)})
+    deltas = {
+        path.replace("/d ", "/").removeprefix("d "): leaf
+        for path, leaf in leaves_of(gradients).items()
+    }
     outputs = _by_operation(flat_values, config) | {"loss": np.asarray(loss).reshape(1, 1)}
     return outputs, _by_operation(deltas, config), masks
 
 
 def _run(config: TrainConfig, params: Any, windows: jax.Array, key: jax.Array, deltas: Any) -> Any:
     """The loss with `deltas` added to the taps, so that their gradients are the taps'."""
-    n = objectives.n_last(config)
+    n = losses.n_last(config)
     # `masks` is the one collection that the scanned trunk carries besides its parameters.
     with flax.linen.intercept_methods(_intercept):
         logits, variables = model.Model5(config.model).apply(
@@ -111,7 +112,7 @@ def _run(config: TrainConfig, params: Any, windows: jax.Array, key: jax.Array, d
             rngs={"dropout": key},
             mutable=["masks"],
         )
-    return objectives.nll(logits, windows[:, -n:]).mean(), variables["masks"]
+    return losses.nll(logits, windows[:, -n:]).mean(), variables["masks"]
 
 
 _TAP_NAMES = {*BLOCK_TAPS, *ROOT_TAPS}
@@ -123,8 +124,8 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     table = BLOCK_TAPS if stack in ("trunk", "last_block") else ROOT_TAPS
     path = path if table is BLOCK_TAPS else stack
     ends = {end: name for name, (where, end, *_) in table.items() if where == path}
-    if context.method_name == "head":
-        return _tap(module, ends["head"], next_fun(*args, **kwargs))
+    if context.method_name == "logits":
+        return _tap(module, ends["logits"], next_fun(*args, **kwargs))
     if context.method_name != "__call__" or not ends:
         return next_fun(*args, **kwargs)
     if "in" in ends:

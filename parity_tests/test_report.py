@@ -46,8 +46,9 @@ def test_each_fault_is_a_fault_of_its_own():
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
+        ("tanh for erf", "in PyTorch, GELU's tanh form instead of erf"),
+        ("tanh for erf in JAX", "in JAX, GELU's tanh form instead of erf"),
         ("erf for tanh", "in PyTorch, GELU's erf form instead of tanh"),
-        ("erf for tanh in JAX", "in JAX, GELU's erf form instead of tanh"),
         ("wrong epsilon (Flax's default)", "in JAX, epsilon is 1e-6 instead of 1e-5"),
         ("unscaled attention", "in PyTorch, scores are not scaled by 1/sqrt(K)"),
         ("off-by-one mask", "in PyTorch, the mask shows the next token"),
@@ -73,7 +74,7 @@ def command_line(monkeypatch, capsys, *args):
 
 def test_a_fault_reads_as_one_line_and_a_page(monkeypatch, capsys, tmp_path):
     page = tmp_path / "report.html"
-    args = ["--inject", "erf for tanh", "--drift", "3", "--html", str(page)]
+    args = ["--inject", "tanh for erf", "--drift", "3", "--html", str(page)]
     code, out, _ = command_line(monkeypatch, capsys, *args)
     assert code == 1
     assert "first operation that differs: block 0: gelu" in out

@@ -9,7 +9,8 @@ import pytest
 
 from jax_model5.bench import __main__ as bench
 from jax_model5.bench import cases, measure, peers, rounds
-from jax_model5.config import TrainConfig, UserError, to_yaml
+from jax_model5.config import TrainConfig, to_yaml
+from jax_model5.errors import UserError
 from tests.tiny import run, tiny
 
 # A program of made-up times: it speaks the protocol and writes down when it was asked.
@@ -231,7 +232,7 @@ def test_peers_need_the_same_weights_to_compare_losses(tmp_path, text_file):
         losses["torch"] = theirs.ask("loss", weights)["loss"]
         rounds.require_equal_losses(losses, "float32")
         leaves = dict(np.load(weights))
-        leaves["last_block/ln_1/bias"] += 1.0
+        leaves["blocks.2.ln_1.bias"] += 1.0
         np.savez(weights, **leaves)
         losses["torch"] = theirs.ask("loss", weights)["loss"]
     with pytest.raises(UserError, match="do not do the same work"):

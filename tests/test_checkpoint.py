@@ -9,10 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from jax_model5 import checkpoint, data, train
-from jax_model5.config import UserError, parse
-from tests.test_step import flags
-from tests.tiny import ROOT, run, tiny, with_model, with_optimizer
+from jax_model5 import checkpoint, train
+from jax_model5.batches import train_batch
+from jax_model5.config import parse
+from jax_model5.corpus import load_corpus
+from jax_model5.errors import UserError
+from jax_model5.programs import Programs
+from tests.tiny import ROOT, flags, run, tiny, with_model, with_optimizer
 
 # tensorstore reports a failed read a second time, where nobody can catch it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -23,7 +26,7 @@ def finished(tmp_path_factory, text_file):
     """A finished run of 12 steps with checkpoints 8 and 12, never changed."""
     folder = tmp_path_factory.mktemp("finished")
     config = tiny(folder, text_file)
-    assert train.train(config) == 0
+    assert train.train(config) == "finished"
     return config
 
 
@@ -35,9 +38,9 @@ def config(finished, tmp_path):
 
 
 def restore(config):
-    programs = train.Programs(config)
+    programs = Programs(config)
     saved = checkpoint.Checkpoints(Path(config.workdir, "checkpoints"), config.keep)
-    return saved.restore(programs.abstract_state, config, data.load_corpus(config).fingerprint)
+    return saved.restore(programs.abstract_state, config, load_corpus(config).fingerprint)
 
 
 def largest_file(config, step: int) -> Path:
@@ -52,10 +55,11 @@ def test_the_newest_are_kept(finished):
 
 def test_restored_bits_are_those_of_a_run_in_memory(config):
     """Parameters and moments, after 12 steps that no checkpoint interrupted."""
-    programs, corpus = train.Programs(config), data.load_corpus(config)
-    state, run_step = programs.init(programs.key), programs.compile_train()
+    programs, corpus = Programs(config), load_corpus(config)
+    state = programs.init()
     for step in range(12):
-        state, _ = run_step(state, programs.key, data.train_batch(corpus, config, step))
+        windows = programs.to_devices(train_batch(corpus, config, step))
+        state, _ = programs.train_step(state, programs.key, windows)
     for ours, restored in zip(
         jax.tree.leaves(state), jax.tree.leaves(restore(config)), strict=True
     ):
@@ -116,10 +120,10 @@ def test_when_all_are_damaged_nothing_is_overwritten(config):
 
 
 def test_a_config_with_other_numbers_is_refused_with_the_fields(config):
-    changed = with_optimizer(with_model(config, gelu="erf"), learning_rate=0.5)
+    changed = with_optimizer(with_model(config, gelu="tanh"), learning_rate=0.5)
     with pytest.raises(UserError) as error:
         restore(changed)
-    assert "model.gelu: tanh -> erf" in str(error.value)
+    assert "model.gelu: erf -> tanh" in str(error.value)
     assert "optimizer.learning_rate: 0.001 -> 0.5" in str(error.value)
     assert "dropout" not in str(error.value)
 
@@ -160,10 +164,10 @@ def test_the_config_of_a_run_starts_it_again(finished):
     assert parse(["--config", str(path)], "test") == finished
 
 
-def test_plain_orbax_reads_a_checkpoint_as_the_readme_says(config, monkeypatch):
-    """Runs the README's own lines."""
-    readme = (ROOT / "README.md").read_text()
-    code = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "orbax" in c)
+def test_plain_orbax_reads_a_checkpoint_as_the_docs_say(config, monkeypatch):
+    """Runs the page's own lines."""
+    page = (ROOT / "docs/from_python.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "orbax" in c)
     assert len(code.strip().splitlines()) <= 10
     monkeypatch.chdir(Path(config.workdir).parent)
     Path("runs").mkdir()

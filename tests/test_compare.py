@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from jax_model5.compare import __main__ as compare
 from jax_model5.compare import plan, report, summary
-from jax_model5.config import TrainConfig, UserError
+from jax_model5.config import TEST_METRICS, TrainConfig
+from jax_model5.errors import UserError
 from tests.tiny import MODEL, TEXT, run, start
 
 CONFIG = TrainConfig(model=MODEL, batch_size=4, eval_batches=2)
@@ -79,7 +81,7 @@ def test_equal_flops_are_equal():
 
 def test_seconds_are_those_of_the_clock(tmp_path, configs):
     """A step is timed after the first, which may compile."""
-    ticks = iter([0, 50, *(x for k in range(5) for x in (100 * k, 100 * k + 2))])
+    ticks = iter([x for k in range(5) for x in (100 * k, 100 * k + 2)])
     config = plan.read_configs(configs[:1], [])["final_token"]
     assert plan.time_steps(config, clock=lambda: next(ticks)) == 2
 
@@ -165,11 +167,11 @@ def test_the_result_holds_every_figure(finished):
         assert [figures["seed"] for figures in seeds] == [0, 1]
         for figures in seeds:
             assert len(figures["train_loss"]) == 20
-            assert figures["step"] == list(range(1, 21))
+            assert figures["step"] == list(range(21))
             assert set(figures["noise"]["end"]) == {"1", "64"}
             assert set(figures["judged_by"]) == {"final_token", "all_tokens"}
-        first = [seeds[0][metric] for metric in summary.METRICS]
-        assert first != [seeds[1][metric] for metric in summary.METRICS], "the seed did nothing"
+        first = [seeds[0][metric] for metric in TEST_METRICS]
+        assert first != [seeds[1][metric] for metric in TEST_METRICS], "the seed did nothing"
         assert result["summary"][name]["final_token_nll"]["std"] > 0
     ends = [
         result["summary"][name]["all_token_nll"]["mean"] for name in ("all_tokens", "final_token")
@@ -275,6 +277,41 @@ def test_a_run_that_diverges_is_named_and_the_others_are_kept(configs, tmp_path)
     assert "Traceback" not in err
     assert (out / "runs/final_token-seed0-20/checkpoints/20").is_dir()
     assert not (out / "results.json").exists()
+
+
+def test_any_name_of_a_config_is_only_a_name(configs, tmp_path):
+    """The figures of a comparison have names of their own: noise/.../scale, .../trace, ..."""
+    names = ["scale", "trace", "squared_norm", "noise", "mean", "steps", "judged_by"]
+    text = Path(configs[0]).read_text().replace("steps: 20", "steps: 2")
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(text)
+    paths = [str(tmp_path / f"{name}.yaml") for name in names]
+    args = [*paths, "--seeds", "1", "--noise_windows", "24", "--out", tmp_path / "an out"]
+    code, _, err = run(*args, module="jax_model5.compare")
+    assert code == 0, err
+    text = (tmp_path / "an out/results.json").read_text()
+    result = json.loads(text, parse_constant=pytest.fail)
+    assert set(result["summary"]) == set(names)
+    figures = result["summary"]["scale"]
+    assert {f"judged_by/{name}" for name in names} <= figures.keys()
+    equal = [result["summary"][name]["all_token_nll"] for name in names]
+    assert equal == [equal[0]] * len(names)
+    # The command can be pasted, also where a path has a space in it.
+    words = shlex.split(result["command"])
+    assert words[:3] == ["python", "-m", "jax_model5.compare"]
+    assert words[3:] == [str(arg) for arg in args]
+
+
+@pytest.mark.parametrize("norm", [0.0, math.inf, math.nan])
+def test_figures_that_are_not_finite_are_written_as_null(norm):
+    noise = {"trace": 1.0, "squared_norm": norm, "scale": math.nan}
+    rest = {key: {} for key in ("gap", "text", "documents", "judged_by")}
+    losses = {metric: [math.inf] for metric in TEST_METRICS}
+    runs = [{"step": [1], "train_std": 0.0, "noise": {"end": {"1": noise}}, **losses, **rest}]
+    found = summary.summarize({"a": runs}, {"a": {"flops": 1.0}})
+    text = json.dumps(summary.only_finite(found), allow_nan=False)
+    scale = json.loads(text)["a"]["noise/end/1/scale"]["mean"]
+    assert scale == (0.0 if norm == math.inf else None)
 
 
 BAD = {

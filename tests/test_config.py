@@ -6,7 +6,8 @@ import re
 import pytest
 import yaml
 
-from jax_model5.config import TrainConfig, UserError, flatten, parse, to_yaml
+from jax_model5.config import OptimizerConfig, TrainConfig, flatten, parse, to_yaml
+from jax_model5.errors import UserError
 from tests.tiny import ROOT, run
 
 
@@ -15,9 +16,9 @@ def test_the_keys_are_the_contract():
     root = "objective last_k steps batch_size accumulate eval_every eval_batches checkpoint_every"
     root += " keep seed prng init_from init_leaves workdir model data optimizer mesh"
     assert " ".join(config) == root
-    model = "vocab_size seq_len d_model n_heads n_layers dropout dropout_sites scale_logits gelu"
-    assert " ".join(config["model"]) == f"{model} init dtype remat"
-    data = "source n_docs text_field tokenizer test_fraction sampling cache_dir"
+    model = "vocab_size seq_len d_model n_heads n_layers dropout dropout_sites scale_logits"
+    assert " ".join(config["model"]) == f"{model} tied_head gelu init dtype remat"
+    data = "source subset n_docs text_field separator tokenizer test_fraction sampling cache_dir"
     assert " ".join(config["data"]) == data
     optimizer = "name learning_rate weight_decay b1 b2 eps schedule warmup_steps clip_norm freeze"
     assert " ".join(config["optimizer"]) == optimizer
@@ -42,7 +43,10 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert config.optimizer.learning_rate == 1e-3  # a string to YAML
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_the_shipped_configs_parse_and_say_what_to_expect(path):
     parse(["--config", str(path)], "test")
     header = path.read_text().split("\n\n")[0]
@@ -52,14 +56,104 @@ def test_the_shipped_configs_parse_and_say_what_to_expect(path):
     assert re.search(r"Loss: .*\d+\.\d", header), "no loss"
 
 
-def test_model5_yaml_is_the_courses():
-    config = parse(["--config", str(ROOT / "configs/model5.yaml")], "test")
-    model = config.model
-    sizes = (model.n_layers, model.n_heads, model.d_model, model.seq_len, model.vocab_size)
-    assert sizes == (12, 12, 768, 256, 50257)
-    assert (config.batch_size, config.eval_every, model.dropout) == (64, 80, 0.1)
-    assert (config.data.source, config.data.n_docs) == ("fineweb", 1000)
-    assert (config.objective, config.optimizer.name) == ("final_token", "adamw")
+# The table of the course's notebooks: what its three configs share, and what each has.
+MODEL5 = {
+    "model.n_layers": 12,
+    "model.n_heads": 12,
+    "model.d_model": 768,
+    "model.seq_len": 256,
+    "model.vocab_size": 50257,
+    "model.gelu": "erf",
+    "model.scale_logits": True,
+    "model.tied_head": True,
+    "data.separator": "none",
+    "data.test_fraction": 0.1,
+    "data.sampling": "random",
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.schedule": "constant",
+    "eval_batches": 1,
+}
+FINEWEB = {
+    "data.source": "fineweb",
+    "data.subset": "default",
+    "data.n_docs": 1000,
+    "batch_size": 64,
+    "steps": 1234,
+    "eval_every": 80,
+    "model.dropout": 0.1,
+    "model.dropout_sites": ("embedding", "attention", "attention_output", "mlp"),
+    "model.init": "course",
+}
+BOOK = {
+    "batch_size": 16,
+    "steps": 501,
+    "eval_every": 100,
+    "objective": "all_tokens",
+    "model.dropout": 0.0,
+    "model.init": "torch",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("model5", FINEWEB | {"objective": "final_token"}),
+        ("model5_all_tokens", FINEWEB | {"objective": "all_tokens"}),
+        ("model5_book", BOOK),
+    ],
+)
+def test_a_model5_config_is_the_courses(name, own):
+    config = flatten(parse(["--config", str(ROOT / f"configs/{name}.yaml")], "test"))
+    assert {key: config[key] for key in MODEL5 | own} == MODEL5 | own
+
+
+# ---- sequences and bases ------------------------------------------------------------------------
+
+
+def config_of(tmp_path, text: str, *args: str) -> TrainConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return parse(["--config", str(path), *args], "test")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['optimizer: {freeze: [wte, "trunk/attn/*"]}', "optimizer: {freeze: wte trunk/attn/*}"],
+)
+def test_a_sequence_is_a_list_or_words(text, tmp_path):
+    assert config_of(tmp_path, text).optimizer.freeze == ("wte", "trunk/attn/*")
+    args = ["--optimizer.freeze", "wpe", "ln_f/*", "--seed", "3"]
+    config = config_of(tmp_path, text, *args)
+    assert (config.optimizer.freeze, config.seed) == (("wpe", "ln_f/*"), 3)
+    assert config_of(tmp_path, text, "--optimizer.freeze=").optimizer.freeze == ()
+
+
+def test_a_sequence_is_no_text_and_stays_hashable():
+    with pytest.raises(UserError, match=r"optimizer\.freeze='wte': give a sequence"):
+        OptimizerConfig(freeze="wte")
+    assert hash(OptimizerConfig(freeze=["wte"])) == hash(OptimizerConfig(freeze=("wte",)))
+
+
+def test_a_base_says_the_rest(tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "base.yaml").write_text("steps: 7\nseed: 1\nmodel: {n_layers: 3, n_heads: 2}\n")
+    path = tmp_path / "sets/one.yaml"
+    path.write_text("base: ../base.yaml\nseed: 2\nmodel: {n_heads: 1}\n")
+    config = parse(["--config", str(path), "--steps", "9"], "test")
+    assert (config.steps, config.seed) == (9, 2)
+    assert (config.model.n_layers, config.model.n_heads) == (3, 1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*/*.yaml")), ids=str)
+def test_a_set_says_only_what_differs_from_its_base(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"base: ../{path.parent.name}.yaml"
+    assert len(lines) <= 3
+    said = {line for line in lines[1:] if not line.endswith(":")}
+    assert not said & set(path.parent.with_suffix(".yaml").read_text().splitlines())
+    parse(["--config", str(path)], "test")
 
 
 def test_help_explains_every_key():

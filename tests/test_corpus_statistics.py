@@ -8,7 +8,7 @@ import pytest
 
 from jax_model5 import tokenizer
 from jax_model5.compare import heterogeneity as C
-from jax_model5.data import Corpus, load_corpus
+from jax_model5.corpus import Corpus, load_corpus
 from tests.tiny import TEXT, tiny
 
 BYTES = tokenizer.load("bytes")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_model5 import data, tokenizer
+from jax_model5 import batches, corpus, tokenizer
 from jax_model5.config import DataConfig, TrainConfig
 from tests.tiny import TEXT, start, tiny
 
@@ -36,9 +36,9 @@ def test_text_survives_encoding(name):
 
 def test_pydocs_has_the_size_that_the_docs_state(tmp_path):
     config = TrainConfig(data=DataConfig(cache_dir=str(tmp_path)))
-    corpus = data.load_corpus(config)
-    assert 120_000 < corpus.manifest["tokens"] < 170_000  # 139,016 on Python 3.11
-    assert corpus.manifest["documents"] > 70
+    tokens = corpus.load_corpus(config)
+    assert 120_000 < tokens.manifest["tokens"] < 170_000  # 139,016 on Python 3.11
+    assert tokens.manifest["documents"] > 70
 
 
 def test_documents_are_joined_with_end_of_text(tmp_path):
@@ -46,15 +46,15 @@ def test_documents_are_joined_with_end_of_text(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = tiny(tmp_path, tmp_path / "rows.json")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=1))
-    corpus = data.load_corpus(config)
+    tokens = corpus.load_corpus(config)
     joined = b"first\x00s\xc3\xa9cond\r\n\x00third\x00"
     expected = [256 if byte == 0 else byte for byte in joined]
-    raw = tokenizer.load("bytes").decode_bytes(corpus.tokens_T.tolist())
+    raw = tokenizer.load("bytes").decode_bytes(tokens.tokens_T.tolist())
     assert raw == joined.replace(b"\x00", b"<|endoftext|>")
-    assert len(corpus.tokens_T) == len(expected)
-    counts = corpus.manifest
+    assert len(tokens.tokens_T) == len(expected)
+    counts = tokens.manifest
     assert (counts["documents"], counts["tokens"]) == (3, len(expected))
-    assert counts["unique_tokens"] == len(set(corpus.tokens_T.tolist()))
+    assert counts["unique_tokens"] == len(set(tokens.tokens_T.tolist()))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder", "[1]*.jsonl"])
@@ -75,32 +75,34 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix):
         frame[:3].to_parquet(path / "a.parquet")
         frame[3:].to_json(path / "b.jsonl", orient="records", lines=True)
     config = DataConfig(source=str(path), text_field="body", n_docs=6)
-    assert list(data.documents(config)) == texts[:6]
+    assert list(corpus.documents(config)) == texts[:6]
 
 
 def test_crlf_is_kept(tmp_path):
     (tmp_path / "book.txt").write_bytes(b"one\r\ntwo\r\n")
-    assert list(data.documents(DataConfig(source=str(tmp_path / "book.txt")))) == ["one\r\ntwo\r\n"]
+    assert list(corpus.documents(DataConfig(source=str(tmp_path / "book.txt")))) == [
+        "one\r\ntwo\r\n"
+    ]
 
 
 def test_a_second_run_does_not_tokenize_again(config, monkeypatch):
-    first = data.load_corpus(config)
-    monkeypatch.setattr(data, "_build", None)
-    assert data.load_corpus(config).fingerprint == first.fingerprint
+    first = corpus.load_corpus(config)
+    monkeypatch.setattr(corpus, "_build", None)
+    assert corpus.load_corpus(config).fingerprint == first.fingerprint
 
 
 def test_a_changed_file_is_tokenized_again(tmp_path, config):
     path = tmp_path / "own.txt"
     path.write_text(TEXT)
     config = tiny(tmp_path, path)
-    before = data.load_corpus(config).fingerprint
+    before = corpus.load_corpus(config).fingerprint
     path.write_text(TEXT + "more")
-    assert data.load_corpus(config).fingerprint != before
+    assert corpus.load_corpus(config).fingerprint != before
 
 
 @pytest.mark.parametrize("damage", ["flip a byte", "cut the tokens", "cut the manifest", "no file"])
 def test_a_damaged_cache_is_announced_and_rebuilt(config, damage, capsys):
-    whole = data.load_corpus(config)
+    whole = corpus.load_corpus(config)
     tokens_T = np.array(whole.tokens_T)
     folder = next(Path(config.data.cache_dir).glob("text-*"))
     tokens, manifest = folder / "tokens.bin", folder / "manifest.json"
@@ -115,7 +117,7 @@ def test_a_damaged_cache_is_announced_and_rebuilt(config, damage, capsys):
     else:
         tokens.unlink()
     capsys.readouterr()
-    rebuilt = data.load_corpus(config)
+    rebuilt = corpus.load_corpus(config)
     assert "damaged" in capsys.readouterr().err
     assert rebuilt.fingerprint == whole.fingerprint
     assert np.array_equal(rebuilt.tokens_T, tokens_T)
@@ -141,33 +143,33 @@ def test_a_kill_while_tokenizing_leaves_no_half_corpus(tmp_path):
 # ---- split and samplers -------------------------------------------------------------------------
 
 
-def numbered(config: TrainConfig, n_tokens: int = 1000) -> data.Corpus:
+def numbered(config: TrainConfig, n_tokens: int = 1000) -> corpus.Corpus:
     """A corpus whose token t is t, so that a window shows where it was cut."""
     manifest = {"tokens_sha256": "numbered"}
-    return data._split(np.arange(n_tokens, dtype=np.uint16), manifest, config)
+    return corpus._split(np.arange(n_tokens, dtype=np.uint16), manifest, config)
 
 
 def test_training_never_sees_the_test_split(config):
-    corpus = numbered(config)
-    assert corpus.n_train == 800
+    tokens = numbered(config)
+    assert tokens.n_train == 800
     for sampling in ("random", "epoch"):
         sampled = dataclasses.replace(
             config, data=dataclasses.replace(config.data, sampling=sampling)
         )
-        batches = np.concatenate([data.train_batch(corpus, sampled, k) for k in range(500)])
-        assert batches.max() <= 799
-        assert (np.diff(batches, axis=1) == 1).all()
-        assert batches.shape[1] == config.model.seq_len + 1
-    assert batches.min() == 0
-    tests = data.test_batches(corpus, config)
+        drawn = np.concatenate([batches.train_batch(tokens, sampled, k) for k in range(500)])
+        assert drawn.max() <= 799
+        assert (np.diff(drawn, axis=1) == 1).all()
+        assert drawn.shape[1] == config.model.seq_len + 1
+    assert drawn.min() == 0
+    tests = batches.test_batches(tokens, config)
     assert tests.shape == (2, 4, 17)
     assert tests.min() == 800
     assert tests.max() == 999
 
 
 def test_random_starts_are_uniform_and_reach_both_ends(config):
-    corpus = numbered(config)
-    starts = np.concatenate([data.train_batch(corpus, config, k)[:, 0] for k in range(20_000)])
+    tokens = numbered(config)
+    starts = np.concatenate([batches.train_batch(tokens, config, k)[:, 0] for k in range(20_000)])
     n_starts = 800 - 16
     assert (starts.min(), starts.max()) == (0, n_starts - 1)
     counts = np.bincount(starts, minlength=n_starts)
@@ -178,13 +180,13 @@ def test_random_starts_are_uniform_and_reach_both_ends(config):
 
 def test_an_epoch_visits_each_window_once(config):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sampling="epoch"))
-    corpus = numbered(config, n_tokens=816)
-    n_windows = (corpus.n_train - 1) // 16
+    tokens = numbered(config, n_tokens=816)
+    n_windows = (tokens.n_train - 1) // 16
     assert n_windows % 4 == 0
     steps = n_windows // 4
     epochs = [
         np.concatenate(
-            [data.train_batch(corpus, config, e * steps + k)[:, 0] for k in range(steps)]
+            [batches.train_batch(tokens, config, e * steps + k)[:, 0] for k in range(steps)]
         )
         for e in range(2)
     ]
@@ -194,13 +196,17 @@ def test_an_epoch_visits_each_window_once(config):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(config):
-    corpus = numbered(config)
+    tokens = numbered(config)
     other_seed = dataclasses.replace(config, seed=1)
-    assert np.array_equal(data.train_batch(corpus, config, 3), data.train_batch(corpus, config, 3))
-    assert not np.array_equal(
-        data.train_batch(corpus, config, 3), data.train_batch(corpus, config, 4)
+    assert np.array_equal(
+        batches.train_batch(tokens, config, 3), batches.train_batch(tokens, config, 3)
     )
     assert not np.array_equal(
-        data.train_batch(corpus, config, 3), data.train_batch(corpus, other_seed, 3)
+        batches.train_batch(tokens, config, 3), batches.train_batch(tokens, config, 4)
     )
-    assert np.array_equal(data.test_batches(corpus, config), data.test_batches(corpus, other_seed))
+    assert not np.array_equal(
+        batches.train_batch(tokens, config, 3), batches.train_batch(tokens, other_seed, 3)
+    )
+    assert np.array_equal(
+        batches.test_batches(tokens, config), batches.test_batches(tokens, other_seed)
+    )

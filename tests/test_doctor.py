@@ -1,4 +1,4 @@
-"""The doctor: a healthy machine, each fault once with its mend, and nothing written."""
+"""The doctor: a healthy machine, each fault once with its fix, and nothing written."""
 
 import dataclasses
 import importlib.metadata
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import checkpoint, doctor, step, tokenizer, train
+from jax_model5 import checkpoint, doctor, sharding, step, tokenizer, train
 from jax_model5.config import MeshConfig, TrainConfig, to_yaml
+from jax_model5.run_folder import RunFolder
 from tests.tiny import ROOT, run, tiny, with_model, with_optimizer
 
 # tensorstore reports a failed read a second time, where nobody can catch it.
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def finished(tmp_path_factory, text_file):
     """A finished run of 12 steps with checkpoints 8 and 12, never changed."""
     config = tiny(tmp_path_factory.mktemp("finished"), text_file)
-    assert train.train(config) == 0
+    assert train.train(config) == "finished"
     return config
 
 
@@ -101,7 +102,7 @@ def test_a_healthy_machine_and_run_and_nothing_is_written(config, tmp_path):
     assert f"jax {jax.__version__}" in the(lines, "ok   packages:")
     assert "50,257 tokens" in the(lines, "ok   tokenizer:")
     assert "1, " in the(lines, "ok   corpora:")
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(step.abstract_params(config)))
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(step.abstract_state(config).params))
     assert f"{n_parameters:,} parameters" in the(lines, "ok   config:")
     assert f"whole: {n_parameters:,} parameters in 28 leaves" in the(lines, "ok   checkpoint 12:")
     assert "58 leaves of the optimizer" in the(lines, "ok   checkpoint 8:")
@@ -381,16 +382,16 @@ def test_a_config_of_more_devices(config, doctor_here, tmp_path):
 
 
 def test_a_config_beyond_the_memory(finished, doctor_here, monkeypatch, tmp_path):
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(step.abstract_params(finished)))
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(step.abstract_state(finished).params))
     n_bytes = 4 * (4 * n_parameters + 3)  # weights, two moments, gradients, and three counts
     path = yaml_file(finished, tmp_path)
-    monkeypatch.setattr(doctor, "_device_bytes", lambda: n_bytes)
+    monkeypatch.setattr(sharding, "device_memory", lambda: n_bytes)
     assert doctor_here("--config", path)[0] == 0
-    monkeypatch.setattr(doctor, "_device_bytes", lambda: n_bytes - 1)
+    monkeypatch.setattr(sharding, "device_memory", lambda: n_bytes - 1)
     code, lines = doctor_here("--config", path)
     assert code == 1
     assert "raise mesh.fsdp" in the(lines, "BAD  config:")
-    monkeypatch.setattr(doctor, "_device_bytes", lambda: None)
+    monkeypatch.setattr(sharding, "device_memory", lambda: None)
     code, lines = doctor_here("--config", path)
     assert code == 0
     assert "does not tell its memory" in the(lines, "note config:")
@@ -451,7 +452,7 @@ def test_a_changed_leaf_of_the_optimizer_is_found(config, doctor_here):
         meta["checksums"][name] ^= 1
 
     edit_meta(config, change)
-    checkpoint.read_params(config.workdir, step.abstract_params(config))
+    checkpoint.read_params(config.workdir, step.abstract_state(config).params)
     code, lines = doctor_here("--workdir", config.workdir)
     assert code == 1
     line = the(lines, "BAD  checkpoint 12:")
@@ -478,7 +479,7 @@ def test_another_width_does_not_restore(config, doctor_here, tmp_path):
 def test_imported_weights_are_a_start_not_a_run_to_go_on_with(config, doctor_here, tmp_path):
     state = step.TrainState(
         np.zeros((), np.int32),
-        checkpoint.read_params(config.workdir, step.abstract_params(config)),
+        checkpoint.read_params(config.workdir, step.abstract_state(config).params),
         (),
     )
     imported = dataclasses.replace(config, workdir=str(tmp_path / "imported"))
@@ -507,11 +508,11 @@ def test_a_longer_run_may_go_on(config, doctor_here, tmp_path):
 
 
 def test_a_run_that_goes_on_is_noted(config, doctor_here):
-    with train.own_workdir(config):
+    with RunFolder(config).lock():
         code, lines = doctor_here("--workdir", config.workdir)
     assert code == 0
     the(lines, "note run: one is writing into")
-    with train.own_workdir(config):
+    with RunFolder(config).lock():
         pass  # the doctor holds no lock
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from jax_model5 import train
-from tests.test_step import flags
-from tests.tiny import TEXT, run, tiny
+from tests.tiny import TEXT, flags, run, tiny
 
 ONE_LINE = {
     # name: (arguments, what the line must say)
@@ -42,6 +41,17 @@ ONE_LINE = {
     "accumulate does not divide": ("--accumulate 3", ["accumulate=3", "batch_size=4"]),
     "learning rate not a number": ("--optimizer.learning_rate nan", ["learning_rate=nan"]),
     "b2 of 1": ("--optimizer.b2 1", ["optimizer.b2=1", "[0, 1)"]),
+    "warm-up beyond the run": (
+        "--optimizer.warmup_steps 13",
+        ["optimizer.warmup_steps=13", "at most steps=12"],
+    ),
+    "two words for one value": ("--objective final_token all_tokens", ["'all_tokens'", "dashes"]),
+    "unknown separator": ("--data.separator newline", ["data.separator='newline'", "none"]),
+    "a base of its own": ("--config {tmp}/own_base.yaml", ["base=", "its own base"]),
+    "a base that is not there": ("--config {tmp}/no_base.yaml", ["none.yaml", "No such file"]),
+    "a base without a name": ("--config {tmp}/list_base.yaml", ["base in", "name a YAML file"]),
+    "a list for one value": ("--config {tmp}/list_value.yaml", ["steps in", "[1, 2]"]),
+    "a null in a list": ("--config {tmp}/null_word.yaml", ["optimizer.freeze in", "None"]),
     "negative seed": ("--seed -1", ["seed=-1"]),
     "test fraction": ("--data.test_fraction 1", ["data.test_fraction=1", "between 0 and 1"]),
     "seed of 33 bits": (f"--seed {2**32}", ["seed=4294967296"]),
@@ -105,6 +115,11 @@ def write_inputs(folder: Path) -> None:
         "list.yaml": "- steps\n",
         "unknown.yaml": "optimizer:\n  lr: 0.1\n",
         "null.yaml": "steps:\n",
+        "own_base.yaml": "base: own_base.yaml\n",
+        "no_base.yaml": "base: none.yaml\n",
+        "list_base.yaml": "base: [a.yaml]\n",
+        "list_value.yaml": "steps: [1, 2]\n",
+        "null_word.yaml": "optimizer: {freeze: [wte, null]}\n",
         "text.pdf": TEXT,
         "empty.txt": "",
         "short.txt": "short",
@@ -183,7 +198,7 @@ def test_a_full_disk_while_tokenizing(tmp_path, text_file):
 
 def test_a_full_disk_while_saving_keeps_what_was_saved(tmp_path, text_file):
     config = tiny(tmp_path, text_file, steps=8)
-    assert train.train(config) == 0
+    assert train.train(config) == "finished"
     before = sorted(Path(config.workdir, "checkpoints").iterdir())
     longer = [*flags(config), "--steps=16"]
     code, _, err = run(*longer, prefix=FULL_DISK)

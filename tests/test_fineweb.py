@@ -50,10 +50,11 @@ def loopback_only(host, *args, **kwargs):
 
 socket.getaddrinfo = loopback_only
 
-from jax_model5 import data
+from jax_model5 import corpus
 from jax_model5.config import *
+from jax_model5.errors import UserError
 
-data._BATCH_DOCS = 10  # several batches a file
+corpus._BATCH_DOCS = 10  # several batches a file
 exec(sys.argv[1])
 try:
     result = eval(sys.argv[2])
@@ -129,7 +130,7 @@ def evaluate(tmp_path: Path) -> Callable[..., Any]:
 
 def _documents(**settings: Any) -> str:
     config = DataConfig(**{"source": "fineweb", "n_docs": N_DOCS} | settings)
-    return f"list(data.documents({config!r}))"
+    return f"list(corpus.documents({config!r}))"
 
 
 def _one_line(result: Any) -> str:
@@ -169,7 +170,7 @@ def test_failures_neither_lose_nor_repeat_documents(
 
 def test_outage_reaches_our_retry(hub: FakeHub, evaluate: Callable[..., Any]) -> None:
     hub.outcomes = {piece: list(todo) for piece, todo in OUTAGE.items()}
-    message = _one_line(evaluate(hub.url, _documents(), before="data._RETRIES = 0"))
+    message = _one_line(evaluate(hub.url, _documents(), before="corpus._RETRIES = 0"))
     done = int(re.search(r"after (\d+) documents: .*503", message)[1])
     assert 30 < done < N_DOCS  # inside the second file
 
@@ -193,7 +194,7 @@ def test_corpus_counts(hub: FakeHub, evaluate: Callable[..., Any], tmp_path: Pat
     cache = str(tmp_path / "cache")
     data = DataConfig(source="fineweb", n_docs=N_DOCS, tokenizer="bytes", cache_dir=cache)
     config = TrainConfig(data=data, model=ModelConfig(seq_len=8))
-    manifest = evaluate(hub.url, f"data.load_corpus({config!r}).manifest")
+    manifest = evaluate(hub.url, f"corpus.load_corpus({config!r}).manifest")
     contents = [text.encode() for text in TEXTS[:N_DOCS]]
     assert manifest["documents"] == N_DOCS
     assert manifest["tokens"] == sum(map(len, contents)) + N_DOCS  # and one end of text each

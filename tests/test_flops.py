@@ -8,7 +8,8 @@ import pytest
 
 from jax_model5 import flops, step
 from jax_model5.bench.rounds import fraction
-from jax_model5.config import ModelConfig, TrainConfig, UserError
+from jax_model5.config import ModelConfig, TrainConfig
+from jax_model5.errors import UserError
 
 # Wide enough that elementwise work, which the formula leaves out, stays below 2 %. The layers
 # are few enough to be unrolled, and nothing is computed again: XLA counts a loop's body once.

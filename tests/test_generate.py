@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jax_model5 import generate, model, step, train
-from jax_model5.config import TrainConfig, UserError
+from jax_model5.config import TrainConfig
+from jax_model5.errors import UserError
 from jax_model5.generate import Sampling
 from tests.tiny import MODEL, run, tiny, with_model
 
@@ -54,8 +55,8 @@ def re_forward(prompts, n_tokens, config=MODEL):
 
 def cached_error(shift=0):
     """Distance of cached logits from those of one forward pass; `shift` misplaces the tokens."""
-    extend = jax.jit(functools.partial(model.extend, config=FLOAT64))
-    params, unstacked = params_of(FLOAT64), model.unstack(params_of(FLOAT64))
+    extend = jax.jit(functools.partial(generate.extend, config=FLOAT64))
+    params, unstacked = params_of(FLOAT64), generate.unstack(params_of(FLOAT64))
     rows, tokens = np.arange(2), np.random.default_rng(0).integers(0, 257, (2, 16))
     apply = functools.partial(model.Model5(FLOAT64).apply, n_last=16, deterministic=True)
     full = jax.jit(apply)({"params": params}, tokens)
@@ -172,7 +173,7 @@ def test_the_first_token_is_drawn_from_the_models_own_softmax():
 def workdir(tmp_path_factory, text_file):
     folder = tmp_path_factory.mktemp("trained")
     config = with_model(tiny(folder, text_file, steps=30), d_model=32)
-    assert train.train(config) == 0
+    assert train.train(config) == "finished"
     return config.workdir
 
 

@@ -19,20 +19,20 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jax_model5 import generate, huggingface, tokenizer, train
+from jax_model5 import generate, huggingface, tokenizer, train, trees
 from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import (
     DataConfig,
     ModelConfig,
     TrainConfig,
-    UserError,
     config_of_run,
     parse,
     to_yaml,
 )
+from jax_model5.errors import UserError
+from jax_model5.losses import position_losses
 from jax_model5.model import Model5
-from jax_model5.objectives import window_nll
-from jax_model5.step import TrainState, abstract_params
+from jax_model5.step import TrainState, abstract_state
 from tests.tiny import run
 
 SHAPES = {
@@ -102,7 +102,7 @@ def imported(weights: Path, out: Path) -> tuple[TrainConfig, dict]:
     """The config and the parameters of the folder that an import writes."""
     huggingface.import_weights(str(weights), out)
     config = config_of_run(str(out), "test")
-    return config, read_params(str(out), abstract_params(config))
+    return config, read_params(str(out), abstract_state(config).params)
 
 
 def random_run(folder: Path, tokenizer: str = "bytes", **fields) -> tuple[TrainConfig, dict]:
@@ -113,7 +113,7 @@ def random_run(folder: Path, tokenizer: str = "bytes", **fields) -> tuple[TrainC
     generator = np.random.default_rng(2)
     params = jax.tree.map(
         lambda leaf: generator.normal(0.1, 0.2, leaf.shape).astype(leaf.dtype),
-        abstract_params(config),
+        abstract_state(config).params,
     )
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -176,14 +176,15 @@ def read_back(folder: Path) -> transformers.GPT2LMHeadModel:
 
 def swap_kernels(monkeypatch) -> None:
     """Plants the fault of two kernels of equal shape in each other's place."""
-    table = huggingface.table
+    table = trees.table
     other = {"h.0.mlp.c_fc.weight": "h.1.mlp.c_fc.weight"}
     other |= {b: a for a, b in other.items()}
 
-    def swapped(config):
-        return (pair._replace(name=other.get(pair.name, pair.name)) for pair in table(config))
+    def swapped(config, layout):
+        places = table(config, layout)
+        return (place._replace(name=other.get(place.name, place.name)) for place in places)
 
-    monkeypatch.setattr(huggingface, "table", swapped)
+    monkeypatch.setattr(trees, "table", swapped)
 
 
 # ---- import -------------------------------------------------------------------------------------
@@ -217,12 +218,12 @@ def test_the_loss_and_every_gradient_are_the_same(shape, dtype, tmp_path):
     @jax.value_and_grad
     def loss_and_gradients(params):
         n_last = config.model.seq_len - 1
-        return window_nll(params, tokens, config, n_last=n_last, deterministic=True).mean()
+        return position_losses(params, tokens, config, n_last=n_last, deterministic=True).mean()
 
     ours, gradients = loss_and_gradients(params)
     require_close("loss", dtype, (ours, theirs.detach()))
     named = {name.removeprefix("transformer."): p.grad for name, p in model.named_parameters()}
-    expected = huggingface.from_gpt2(lambda name: named[name].numpy(), config.model)
+    expected = trees.from_layout(lambda name: named[name].numpy(), config.model, "gpt2")
     leaves = zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
     require_close("gradients", dtype, *leaves)
 
@@ -277,14 +278,14 @@ def test_any_two_tensors_of_one_shape_in_each_others_place_are_seen():
     config = ModelConfig(**sizes, gelu="erf", scale_logits=False)
     named = {name: tensor.numpy() for name, tensor in model.transformer.state_dict().items()}
     logits = their_logits(config, model)
-    ours = our_logits(config, huggingface.from_gpt2(named.get, config))
+    ours = our_logits(config, trees.from_layout(named.get, config, "gpt2"))
     require_close("logits", "float32", (ours, logits))
-    pairs = list(itertools.combinations(huggingface.table(config), 2))
+    pairs = list(itertools.combinations(trees.table(config, "gpt2"), 2))
     equals = [(a.name, b.name) for a, b in pairs if a.shape == b.shape]
     assert len(equals) == 99
     for a, b in equals:
         swapped = named | {a: named[b], b: named[a]}
-        params = huggingface.from_gpt2(swapped.get, config)
+        params = trees.from_layout(swapped.get, config, "gpt2")
         assert error(our_logits(config, params), logits) > 0.01, (a, b)
 
 
@@ -296,7 +297,7 @@ def test_half_precision_files_are_read_as_float32(dtype, tmp_path):
     pair = our_logits(config.model, params), their_logits(config.model, model.float())
     require_close("logits", "float32", pair)
     rounded = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-    for name, leaf in huggingface.to_gpt2(params, config.model).items():
+    for name, leaf in trees.to_layout(params, config.model, "gpt2").items():
         assert leaf.tobytes() == rounded[f"transformer.{name}"].tobytes()
 
 
@@ -368,7 +369,7 @@ def test_the_commands_of_the_closing_line_work(tmp_path, text_file, main_here):
     assert module == "jax_model5.train"
     args += ["--steps=2", f"--data.source={text_file}", f"--data.cache_dir={tmp_path}/cache"]
     config = parse(args, "test")
-    assert train.train(dataclasses.replace(config, batch_size=2, eval_batches=1)) == 0
+    assert train.train(dataclasses.replace(config, batch_size=2, eval_batches=1)) == "finished"
 
 
 # ---- export -------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def test_a_cpu_only_operation_is_seen(platform, monkeypatch):
     def cpu_only(logits, targets):
         return jax.scipy.linalg.schur(logits[0, 0, :4, None] * jnp.ones(4))[0].sum()
 
-    monkeypatch.setattr(step, "window_nll", lambda *_, **__: cpu_only(jnp.ones((1, 1, 4)), None))
+    ones = jnp.ones((1, 1, 4))
+    monkeypatch.setattr(step, "position_losses", lambda *_, **__: cpu_only(ones, None))
     with pytest.raises(NotImplementedError, match="schur"):
         lowered(TrainConfig(model=MODEL, batch_size=4), platform)

@@ -11,7 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 from jax_model5 import model, step
 from jax_model5.compare import noise
-from jax_model5.config import TrainConfig, UserError
+from jax_model5.config import TrainConfig
+from jax_model5.errors import UserError
 from tests.tiny import MODEL, with_model, with_optimizer
 
 QUANTITIES = ("trace", "squared_norm", "scale")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_model5 import metrics
-from tests.test_step import flags
-from tests.tiny import run, start, tiny, with_optimizer
+from jax_model5 import record
+from tests.tiny import flags, run, start, tiny, with_optimizer
 
 KILLS = 10
 STEPS = 400
@@ -31,7 +30,7 @@ def long_run(tmp_path_factory, text_file):
     code, _, err = run(*flags(config))
     assert code == 0, err
     workdir = Path(config.workdir)
-    assert len(numbers(workdir)) == STEPS + STEPS // 20
+    assert len(numbers(workdir)) == STEPS + STEPS // 20 + 1
     return flags(config), numbers(workdir)
 
 
@@ -57,8 +56,8 @@ def test_ten_kills_at_random_moments_change_no_number(tmp_path, long_run):
         if kill in (0, 5):
             time.sleep(dice.uniform(0.2, 4.0))  # wherever that is: imports, compilation, steps
         else:
-            target = len(metrics.read(workdir / "metrics.jsonl")) + dice.randrange(1, 40)
-            wait_for(lambda t=target: len(metrics.read(workdir / "metrics.jsonl")) >= t, process)
+            target = len(record.read(workdir / "metrics.jsonl")) + dice.randrange(1, 40)
+            wait_for(lambda t=target: len(record.read(workdir / "metrics.jsonl")) >= t, process)
         if kill % 3 == 1:
             wait_for(lambda: is_saving(workdir), process)
         process.send_signal(signal.SIGKILL)
@@ -71,14 +70,14 @@ def test_ten_kills_at_random_moments_change_no_number(tmp_path, long_run):
     assert not is_saving(workdir)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
     args, expected = long_run
     args = [*args, "--steps=200"]
     expected = [line for line in expected if int(re.search(r'"step": (\d+)', line)[1]) <= 200]
     workdir = tmp_path / "stopped"
     process = start(*args, "--workdir", workdir)
-    wait_for(lambda: len(metrics.read(workdir / "metrics.jsonl")) > 30, process)
+    wait_for(lambda: len(record.read(workdir / "metrics.jsonl")) > 30, process)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -105,7 +104,7 @@ def test_a_finished_run_says_so_and_can_go_on_longer(tmp_path, text_file):
     longer = re.search(r"python -m jax_model5.train (.*)", out).group(1)
     code, out, err = run(*longer.split())
     assert code == 0, err
-    records = metrics.read(workdir / "metrics.jsonl")
+    records = record.read(workdir / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 25))
     assert (workdir / "samples.txt").read_text().startswith("# step 24\n")
 
@@ -117,15 +116,17 @@ def test_a_run_writes_only_what_the_design_names(tmp_path, text_file):
     names = {path.name for path in Path(config.workdir).iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints"}
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "run"}
-    records = metrics.read(Path(config.workdir, "metrics.jsonl"))
-    train = "kind step loss grad_norm learning_rate tokens_per_second targets_per_second".split()
-    for record in records:
+    records = record.read(Path(config.workdir, "metrics.jsonl"))
+    train = "kind step loss grad_norm learning_rate param_norm".split()
+    train += ["tokens_per_second", "targets_per_second"]
+    for r in records:
         expected = (
-            train if record["kind"] == "train" else [*train[:2], "final_token_nll", "all_token_nll"]
+            train if r["kind"] == "train" else [*train[:2], "final_token_nll", "all_token_nll"]
         )
-        assert list(record) == expected
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [5, 10, 12]
+        assert list(r) == expected
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 5, 10, 12]
     samples = Path(config.workdir, "samples.txt").read_text()
+    assert "temperature 1.1: 'went on holiday to Liliput and' continues" in samples
     assert "temperature 0.7" in samples
     assert samples in out
 
@@ -141,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
     line = err.strip().splitlines()[-1]
     stopped = int(re.search(r"step (\d+): \w+=-?(nan|inf): stopped", line).group(1))
     assert "Traceback" not in err
-    records = metrics.read(Path(config.workdir, "metrics.jsonl"))
+    records = record.read(Path(config.workdir, "metrics.jsonl"))
     assert all(math.isfinite(v) for r in records for v in r.values() if isinstance(v, float))
     if stopped == 1:
         assert "none was saved yet" in line
@@ -155,12 +156,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, long_run):
     args, expected = long_run
     process = start(*args, "--workdir", tmp_path, "--steps=200")
-    wait_for(lambda: len(metrics.read(tmp_path / "metrics.jsonl")) > 5, process)
+    wait_for(lambda: len(record.read(tmp_path / "metrics.jsonl")) > 5, process)
     code, out, err = run(*args, "--workdir", tmp_path)
     assert (code, out) == (2, "")
     assert "another run is writing into it" in err
     assert process.wait(timeout=120) == 0
-    assert numbers(tmp_path) == expected[:210]
+    assert numbers(tmp_path) == expected[:211]
 
 
 def test_the_reference_trains_on_the_same_config_and_batches(tmp_path, text_file):
@@ -168,7 +169,7 @@ def test_the_reference_trains_on_the_same_config_and_batches(tmp_path, text_file
     assert run(*flags(config), "--model.dropout=0")[0] == 0
     code, _, err = run(*flags(config), "--model.dropout=0", module="torch_ref.train")
     assert code == 0, err
-    ours = metrics.read(Path(config.workdir, "metrics.jsonl"))
-    theirs = metrics.read(Path(config.workdir, "torch_metrics.jsonl"))
+    ours = record.read(Path(config.workdir, "metrics.jsonl"))
+    theirs = record.read(Path(config.workdir, "torch_metrics.jsonl"))
     assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
     assert theirs[-1]["all_token_nll"] == pytest.approx(ours[-1]["all_token_nll"], rel=0.02)

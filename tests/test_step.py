@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import model, objectives, step
+from jax_model5 import model, step
 from jax_model5.config import TrainConfig
-from tests.tiny import MODEL, ROOT, run, start, tiny
+from jax_model5.losses import n_last, position_losses
+from tests.tiny import MODEL, ROOT, flags, run, start, tiny
 
 PLAIN = TrainConfig(
     model=dataclasses.replace(MODEL, dropout=0.0), batch_size=8, objective="all_tokens"
@@ -115,23 +116,25 @@ def test_a_step_moves_every_parameter_and_counts():
 @pytest.mark.parametrize(
     ("objective", "n"), [("final_token", 1), ("last_k", 3), ("all_tokens", MODEL.seq_len)]
 )
-def test_only_the_objectives_targets_matter(objective, n, monkeypatch):
+def test_only_the_objectives_targets_matter(objective, n):
     """The loss has one value for each of the last N targets, and sees no other."""
     config = dataclasses.replace(PLAIN, objective=objective, last_k=3)
-    assert objectives.n_last(config) == n
+    assert n_last(config) == n
     params = new_state(config).params
     loss = jax.jit(
-        functools.partial(
-            objectives.window_nll, params, config=config, n_last=n, deterministic=True
-        )
+        functools.partial(position_losses, params, config=config, n_last=n, deterministic=True)
     )
     base = np.asarray(loss(windows()))
     assert base.shape == (8, n)
     last = windows().at[:, -1].add(1)
     assert (np.asarray(loss(last % MODEL.vocab_size))[:, -1] != base[:, -1]).all()
     seen = []
-    monkeypatch.setattr(objectives, "nll", lambda logits, targets: seen.append(targets) or targets)
-    objectives.window_nll(params, windows(), config, n_last=n, deterministic=True)
+
+    def seeing(logits, targets):
+        seen.append(targets)
+        return targets
+
+    position_losses(params, windows(), config, n_last=n, deterministic=True, loss=seeing)
     assert np.array_equal(seen[0], windows()[:, -n:])
 
 
@@ -141,7 +144,7 @@ def test_eval_reports_both_losses_whatever_the_objective():
     evaluate = jax.jit(step.eval_step, static_argnames="config")
     results = [evaluate(state.params, windows(), config=c) for c in (PLAIN, final)]
     assert results[0] == results[1]
-    nll = functools.partial(objectives.window_nll, config=PLAIN, deterministic=True)
+    nll = functools.partial(position_losses, config=PLAIN, deterministic=True)
     all_nll = jax.jit(functools.partial(nll, n_last=MODEL.seq_len))(state.params, windows())
     last_nll = jax.jit(functools.partial(nll, n_last=1))(state.params, windows())
     assert results[0]["all_token_nll"] == pytest.approx(float(all_nll.mean()), rel=1e-6)
@@ -154,12 +157,6 @@ def test_eval_reports_both_losses_whatever_the_objective():
 def losses(workdir) -> list[float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
-
-
-def flags(config: TrainConfig) -> list[str]:
-    from jax_model5.config import flatten
-
-    return [f"--{key}={value}" for key, value in flatten(config).items()]
 
 
 def eight_devices() -> dict[str, str]:
@@ -193,10 +190,10 @@ def free_port() -> int:
 BATCH_ROWS = """
 import os, sys, json, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-from jax_model5 import config, data, sharding
-sharding.join_processes()
+from jax_model5 import batches, config, corpus, sharding, startup
+startup.join_processes()
 run = config.parse(sys.argv[1:], "test")
-batch = data.train_batch(data.load_corpus(run), run, 5)
+batch = batches.train_batch(corpus.load_corpus(run), run, 5)
 rows = sharding.to_devices(sharding.make_mesh(run), batch)
 total = jax.jit(lambda x: x.sum())(rows)
 shards = {s.index[0].start or 0: s.data.tolist() for s in rows.addressable_shards}

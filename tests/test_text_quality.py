@@ -8,7 +8,7 @@ import pytest
 
 from jax_model5 import tokenizer
 from jax_model5.compare import text
-from jax_model5.data import Corpus
+from jax_model5.corpus import Corpus
 
 BYTES, GPT2 = tokenizer.load("bytes"), tokenizer.load("gpt2")
 END = BYTES.eot_token

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_model5.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jax_model5.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, flatten
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(
@@ -39,6 +39,15 @@ def with_model(config: TrainConfig, **fields) -> TrainConfig:
 
 def with_optimizer(config: TrainConfig, **fields) -> TrainConfig:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **fields))
+
+
+def flags(config: TrainConfig) -> list[str]:
+    """The config as a command line."""
+    texts = {
+        key: " ".join(value) if isinstance(value, tuple) else value
+        for key, value in flatten(config).items()
+    }
+    return [f"--{key}={text}" for key, text in texts.items()]
 
 
 def start(

@@ -9,15 +9,17 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jax_model5 import data
-from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from jax_model5.batches import test_batches, train_batch
+from jax_model5.config import TrainConfig, parse
+from jax_model5.corpus import load_corpus
+from jax_model5.errors import UserError, one_line_errors
 from torch_ref.generate import generate
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
@@ -113,7 +115,7 @@ def main() -> None:
             raise UserError(f"{variant!r}: the first argument is course, eager or compile")
         config = parse(args, "torch_ref.bench")
         require_plain(config)
-        corpus = data.load_corpus(config)
+        corpus = load_corpus(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     torch.manual_seed(config.seed)
@@ -127,11 +129,11 @@ def main() -> None:
 
     def run_step() -> float:
         nonlocal step
-        batch = data.train_batch(corpus, config, step)
+        batch = train_batch(corpus, config, step)
         step += 1
         return timed(lambda: train(torch.from_numpy(batch).to(device)))
 
-    test_batch = torch.from_numpy(data.test_batches(corpus, config)[0]).to(device)
+    test_batch = torch.from_numpy(test_batches(corpus, config)[0]).to(device)
     run_step()
     about = {
         "threads": torch.get_num_threads(),
@@ -149,7 +151,7 @@ def main() -> None:
         "eval": lambda: timed(lambda: eval_step(model, test_batch, config)),
         "generate": lambda: timed(write_text),
     }
-    first_batch = torch.from_numpy(data.train_batch(corpus, config, 0)).to(device)
+    first_batch = torch.from_numpy(train_batch(corpus, config, 0)).to(device)
     serve(about, runs, lambda path: initial_loss(model, first_batch, config, path))
 
 
@@ -186,7 +188,8 @@ def initial_loss(
     model: Model5, windows_BxL1: torch.Tensor, config: TrainConfig, path: str
 ) -> float:
     """Loss of a batch, dropout off, at the weights that JAX wrote to `path`."""
-    load_jax_weights(model, np.load(path))
+    weights = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+    model.load_state_dict({"head.weight": weights["wte.weight"], **weights})
     model.eval()
     n = n_last(config)
     with autocast(windows_BxL1, config):
@@ -194,25 +197,6 @@ def initial_loss(
         is_tuned = isinstance(model, TunedModel5)
         logits_BxNxV = model(tokens_BxL, n) if is_tuned else model(tokens_BxL)
     return loss(logits_BxNxV.to(model.wte.weight.dtype), windows_BxL1[:, 1:], n).item()
-
-
-def load_jax_weights(model: Model5, leaves: Mapping[str, np.ndarray]) -> None:
-    """Copies JAX's leaves, by their paths, into the model. Raises KeyError where one lacks."""
-    for name, parameter in model.named_parameters():
-        path, _, kind = name.rpartition(".")
-        if path in ("wte", "wpe"):
-            parameter.copy_(torch.from_numpy(leaves[path]))
-            continue
-        is_norm = path.split(".")[-1].startswith("ln_")
-        kind = {"weight": "scale" if is_norm else "kernel"}.get(kind, kind)
-        if path.startswith("blocks."):
-            _, layer, *rest = path.split(".")
-            is_last = int(layer) == len(model.blocks) - 1
-            stack = leaves["/".join(["last_block" if is_last else "trunk", *rest, kind])]
-            array = stack if is_last else stack[int(layer)]
-        else:
-            array = leaves[f"{path}/{kind}"]
-        parameter.copy_(torch.from_numpy(array.T if kind == "kernel" else array))
 
 
 def peak_bytes() -> int:

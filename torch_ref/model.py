@@ -95,8 +95,11 @@ class Model5(nn.Module):
         self.ln_f = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(self._init_weights)
-        self.head.weight = self.wte.weight  # tied: one tensor, used twice
-        init_linear(self.wte.weight, None, config)  # so the linear layers' rule wins
+        init_head(self.wte.weight, config)
+        if config.tied_head:
+            self.head.weight = self.wte.weight  # one tensor, used twice
+        else:
+            self.head.weight.data.copy_(self.wte.weight)  # equal at the start only
 
     def forward(self, tokens_BxL: torch.Tensor) -> torch.Tensor:
         x_BxLxD = self.drop(self.embed(tokens_BxL))
@@ -137,11 +140,20 @@ def init_linear(weight: torch.Tensor, bias: torch.Tensor | None, config: ModelCo
         nn.init.uniform_(bias, -bound, bound) if name == "torch" else nn.init.zeros_(bias)
 
 
+def init_head(weight: torch.Tensor, config: ModelConfig) -> None:
+    """In place, the table that embedding and head start from: the linear layers' rule comes last.
+
+    Not so in PyTorch's own default: there the head takes over what the embedding drew, N(0, 1).
+    """
+    if config.init == "torch":
+        nn.init.normal_(weight)
+    else:
+        init_linear(weight, None, config)
+
+
 def init_embedding(weight: torch.Tensor, config: ModelConfig) -> None:
     """In place; the course's rule is Xavier normal (lesson 013)."""
     if config.init in ("course", "xavier"):
         nn.init.xavier_normal_(weight)
-    elif config.init == "torch":
-        nn.init.normal_(weight)
     else:
-        init_linear(weight, None, config)
+        init_head(weight, config)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from jax_model5.config import OptimizerConfig, TrainConfig, UserError
+from jax_model5.config import TEST_METRICS, OptimizerConfig, TrainConfig
+from jax_model5.errors import UserError
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
 
@@ -75,16 +76,20 @@ def train_step(
 
 
 @torch.no_grad()
+def param_norm(model: Model5) -> float:
+    """Norm of all parameters together, a tied table once."""
+    return torch.nn.utils.get_total_norm(model.parameters()).item()
+
+
+@torch.no_grad()
 def eval_step(model: Model5, windows_BxL1: torch.Tensor, config: TrainConfig) -> dict[str, float]:
     """Final-token and all-token NLL [nats] of one test batch, in eval mode."""
     model.eval()
     with autocast(windows_BxL1, config):
         logits_BxLxV = model(windows_BxL1[:, :-1])
     targets_BxL = windows_BxL1[:, 1:]
-    return {
-        "final_token_nll": loss(logits_BxLxV, targets_BxL, 1).item(),
-        "all_token_nll": loss(logits_BxLxV, targets_BxL, config.model.seq_len).item(),
-    }
+    losses = [loss(logits_BxLxV, targets_BxL, n).item() for n in (1, config.model.seq_len)]
+    return dict(zip(TEST_METRICS, losses, strict=True))
 
 
 def autocast(windows: torch.Tensor, config: TrainConfig) -> contextlib.AbstractContextManager:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
-from jax_model5 import data
-from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from jax_model5.batches import test_batches, train_batch
+from jax_model5.config import TrainConfig, parse
+from jax_model5.corpus import Corpus, describe, load_corpus
+from jax_model5.errors import disk_errors, one_line_errors
 from torch_ref.model import Model5
 from torch_ref.step import (
     eval_step,
     make_optimizer,
     make_scheduler,
+    param_norm,
     require_plain,
     train_step,
 )
@@ -24,14 +27,12 @@ def main() -> int:
     with one_line_errors():
         config = parse(sys.argv[1:], "torch_ref.train")
         require_plain(config)
-        corpus = data.load_corpus(config)
-        try:
+        corpus = load_corpus(config)
+        with disk_errors("workdir", config.workdir, "name a folder that can be written"):
             workdir = Path(config.workdir).expanduser()
             workdir.mkdir(parents=True, exist_ok=True)
             log = open(workdir / "torch_metrics.jsonl", "w", buffering=1)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"workdir={config.workdir!r}: {error.strerror}") from None
-        print(data.describe(corpus))
+        print(describe(corpus))
         with log:
             for record in train(config, corpus):
                 log.write(json.dumps(record) + "\n")
@@ -40,7 +41,7 @@ def main() -> int:
     return 0
 
 
-def train(config: TrainConfig, corpus: data.Corpus) -> Iterator[dict[str, Any]]:
+def train(config: TrainConfig, corpus: Corpus) -> Iterator[dict[str, Any]]:
     """Trains from step 0 and yields the records of jax_model5's metrics.jsonl, speeds aside."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
@@ -49,15 +50,20 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Iterator[dict[str, Any]]:
         model.double()
     optimizer = make_optimizer(model, config.optimizer)
     scheduler = make_scheduler(optimizer, config.optimizer, config.steps)
-    test_batches = torch.from_numpy(data.test_batches(corpus, config)).to(device)
-    for step in range(config.steps):
-        windows_BxL1 = torch.from_numpy(data.train_batch(corpus, config, step)).to(device)
+    tests = torch.from_numpy(test_batches(corpus, config)).to(device)
+    yield {"kind": "eval", "step": 0, **evaluate(model, tests, config)}
+    for step in range(1, config.steps + 1):
+        windows_BxL1 = torch.from_numpy(train_batch(corpus, config, step - 1)).to(device)
         metrics = train_step(model, optimizer, scheduler, windows_BxL1, config)
-        yield {"kind": "train", "step": step + 1, **metrics}
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            results = [eval_step(model, batch, config) for batch in test_batches]
-            means = {name: sum(r[name] for r in results) / len(results) for name in results[0]}
-            yield {"kind": "eval", "step": step + 1, **means}
+        yield {"kind": "train", "step": step, **metrics, "param_norm": param_norm(model)}
+        if step % config.eval_every == 0 or step == config.steps:
+            yield {"kind": "eval", "step": step, **evaluate(model, tests, config)}
+
+
+def evaluate(model: Model5, tests: torch.Tensor, config: TrainConfig) -> dict[str, float]:
+    """Mean test NLL [nats] over the fixed batches, by name."""
+    results = [eval_step(model, batch, config) for batch in tests]
+    return {name: sum(r[name] for r in results) / len(results) for name in results[0]}
 
 
 if __name__ == "__main__":

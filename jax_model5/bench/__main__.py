@@ -5,8 +5,6 @@ import dataclasses
 import importlib.util
 import itertools
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jax_model5 import metrics
+from jax_model5 import record
 from jax_model5.bench import cases, measure, report
 from jax_model5.bench.generation import measure_generation
 from jax_model5.bench.peers import course, ended, ours, tuned
@@ -28,13 +26,14 @@ from jax_model5.bench.rounds import (
     ratio,
     require_equal_losses,
     require_one_device,
-    say,
     summary,
 )
-from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors
-from jax_model5.data import load_corpus
+from jax_model5.config import TrainConfig
+from jax_model5.corpus import load_corpus
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_at_least_1
 from jax_model5.flops import peak_bfloat16, step_flops
-from jax_model5.objectives import n_last
+from jax_model5.losses import n_last
+from jax_model5.record import note
 
 PEERS = ("course", "tuned")
 _EVALS, _MATMULS = 3, 10
@@ -47,6 +46,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     )
     knob = "in place of the case's own"
     parser.add_argument("--objective", choices=["final_token", "all_tokens"], help=knob)
+    parser.add_argument("--gelu", choices=["erf", "tanh"], help=knob)
     parser.add_argument("--remat", choices=["none", "dots", "full"], help=knob)
     parser.add_argument("--accumulate", type=int, help=f"micro-batches a step, {knob}")
     dtypes = "repeat it to measure each; default: the case's own"
@@ -63,9 +63,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)
     options = parser.parse_args(args)
-    for name in ("rounds", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{name}={getattr(options, name)}: must be at least 1")
+    require_at_least_1(options, "rounds", "steps")
     if options.sweep == "batch" and options.accumulate:
         raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
     if options.peer and options.sweep:
@@ -83,14 +81,14 @@ def main() -> None:
     with one_line_errors():
         options = parse_args(sys.argv[1:])
         config = configure(options, platform_of_jax())
-        out = metrics.make_folder(options.out)
+        out = record.out_folder(options.out)
         load_corpus(config)  # tokenized before any clock runs
-        commit = metrics.commit()
+        record.commit()  # as it is now, whatever is edited while it runs
         with tempfile.TemporaryDirectory() as scratch:
             measure_it = sweep if options.sweep else write_text if options.generate else compare
-            result = {"commit": commit, **measure_it(options, config, Path(scratch))}
+            result = measure_it(options, config, Path(scratch))
         name = file_name(options, config)
-        report.write_json(result, out / f"{name}.json")
+        record.write_json(out / f"{name}.json", result)
         if options.sweep:
             report.plot_sweep(result, out / f"{name}.png")
         elif options.generate:
@@ -120,13 +118,14 @@ def configure(options: argparse.Namespace, platform_name: str) -> TrainConfig:
         )
     fields = {name: getattr(options, name) for name in ("objective", "accumulate")}
     config = dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
-    config = cases.with_model(config, dtype=dtypes[0])
-    return cases.with_model(config, remat=options.remat) if options.remat else config
+    knobs = {"dtype": dtypes[0], "gelu": options.gelu, "remat": options.remat}
+    return cases.with_model(config, **{k: v for k, v in knobs.items() if v is not None})
 
 
 def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
     """Case and objective, and every knob of the model that was turned."""
     knobs = [Path(options.case).stem, config.objective, *(options.dtype or [])]
+    knobs += [f"gelu_{options.gelu}"] if options.gelu else []
     knobs += [f"remat_{options.remat}"] if options.remat else []
     knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
     knobs += [f"sweep_{options.sweep}"] if options.sweep else []
@@ -145,12 +144,12 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
             programs.append(ours(config, dtype, scratch))
             cold[programs[-1].name] = cold_start(programs[-1], weights[dtype])
             programs[-1] = ours(config, dtype, scratch)
-            say(f"{programs[-1].name}: warm start, {programs[-1].first_step_s:.1f} s")
+            note(f"{programs[-1].name}: warm start, {programs[-1].first_step_s:.1f} s")
         if options.peer:
             require_one_device(programs[0])
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
-            say(f"{programs[-1].name}: first step done")
+            note(f"{programs[-1].name}: first step done")
         if "tuned" in options.peer:
             programs += [tuned(config, dtype, options.steps, scratch) for dtype in dtypes]
         requests = {p.name: {"step": options.steps} for p in programs}
@@ -166,14 +165,14 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
             require_equal_losses(losses, dtype)
             if len(losses) > 1:
                 shown = ", ".join(f"{loss:.6f} {name}" for name, loss in losses.items())
-                say(f"losses of the first batch at the same weights: {shown}")
+                note(f"losses of the first batch at the same weights: {shown}")
         circumstances = about(options, config, programs)
     return circumstances | {"programs": rows, "ratios": ratios(rows)}
 
 
 def cold_start(program: Program, weights: str) -> dict[str, float]:
     """What a start without compile cache tells; writes the initial weights, ends the program."""
-    say(f"{program.name}: cold start, first step done after {program.first_step_s:.1f} s")
+    note(f"{program.name}: cold start, first step done after {program.first_step_s:.1f} s")
     loss = program.ask("loss", weights)["loss"]
     program.end()
     return {
@@ -255,7 +254,7 @@ def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> di
             row = rates(program, times, point)
         step = summary(flat(times["step"]))
         predicted = sum(row["flops"].values()) / row["matmul_flops_per_s"]
-        say(f"{options.sweep} {value}: {step['median']:.4g} s, predicted {predicted:.4g} s")
+        note(f"{options.sweep} {value}: {step['median']:.4g} s, predicted {predicted:.4g} s")
         memory = {name: program.about[name] for name in ("program_bytes", "compile_s")}
         point_row = {"value": value, "step": step, "predicted_s": predicted}
         points.append(point_row | row | memory | {"peak_bytes": times["peak_bytes"]})
@@ -273,21 +272,13 @@ def about(
 ) -> dict[str, Any]:
     """What a reader needs to judge and repeat the measurement. The first program is ours."""
     program = programs[0]
-    versions = {name: v for p in programs for name, v in p.about["versions"].items()}
-    arguments = " ".join(shlex.quote(arg) for arg in sys.argv[1:])
-    return {
-        "command": f"python -m jax_model5.bench {arguments}",
+    found = record.circumstances("-m jax_model5.bench", program.about["device"])
+    found["machine"] |= {name: program.about[name] for name in ("platform", "n_devices")}
+    for other in programs:
+        found["machine"] |= other.about.get("versions", {})
+    return found | {
         "case": options.case,
         "config": dataclasses.asdict(config),
-        "machine": {
-            "device": program.about["device"],
-            "platform": program.about["platform"],
-            "n_devices": program.about["n_devices"],
-            "processor": metrics.processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **versions,
-        },
         "precision": jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         or "default",
         "attention": "causal in two halves, masked softmax in float32",

@@ -3,7 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from jax_model5.config import ModelConfig, TrainConfig, UserError, parse
+from jax_model5.config import ModelConfig, TrainConfig, parse
+from jax_model5.errors import require
 
 SMALL = TrainConfig()
 PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of the text that is written
@@ -31,8 +32,8 @@ def case(name: str, platform: str) -> TrainConfig:
         return SMALL
     if name == "model5":
         return model5(platform)
-    if not Path(name).expanduser().is_file():
-        raise UserError(f"case={name!r}: use small, model5, or the path of a config file")
+    is_file = Path(name).expanduser().is_file()
+    require(is_file, "case", name, "use small, model5, or the path of a config file")
     return parse(["--config", name], "jax_model5.bench")
 
 

@@ -5,6 +5,7 @@ It prints a JSON object when its first step is done, then one for each line `ste
 synchronization, or the loss of the first batch at the initial weights, which it writes to PATH.
 """
 
+import dataclasses
 import json
 import resource
 import sys
@@ -12,18 +13,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 
-from jax_model5 import data, sharding
+from jax_model5.batches import test_batches, train_batch
 from jax_model5.bench.cases import NEW_TOKENS, PROMPT_TOKENS
-from jax_model5.config import TrainConfig, UserError, one_line_errors, parse
+from jax_model5.config import TrainConfig, parse
+from jax_model5.corpus import Corpus, load_corpus
+from jax_model5.errors import one_line_errors
 from jax_model5.generate import Sampling, generate
-from jax_model5.objectives import n_last, window_nll
-from jax_model5.sharding import set_up_jax
-from jax_model5.train import Programs
+from jax_model5.losses import n_last, position_losses
+from jax_model5.programs import Programs, steps
+from jax_model5.startup import memory_errors, set_up_jax
+from jax_model5.trees import to_layout
 
+_ENDLESS = 10**9  # steps: the program runs until nobody asks any more
 _PRODUCTS = 8  # pairs of matrix products in one timed call, so that its start does not count
 
 
@@ -31,38 +35,30 @@ def main() -> None:
     with one_line_errors():
         config = parse(sys.argv[1:], "jax_model5.bench.measure")
         set_up_jax(config)
-        corpus, programs = data.load_corpus(config), Programs(config)
-        try:
-            run(config, corpus, programs)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"batch_size={config.batch_size}: the device's memory is too small; use "
-                "--accumulate, --remat full, or fewer programs at once"
-            ) from None
+        with memory_errors(config):
+            run(dataclasses.replace(config, steps=_ENDLESS), load_corpus(config))
 
 
-def run(config: TrainConfig, corpus: data.Corpus, programs: Programs) -> None:
-    state, step = programs.init(programs.key), 0  # runs while the step is being compiled
+def run(config: TrainConfig, corpus: Corpus) -> None:
+    programs = Programs(config)
+    state = programs.init()  # runs while the step is being compiled
     start = time.perf_counter()
-    train_step = programs.compile_train()
+    train_step = programs.train_step
     compile_s = time.perf_counter() - start
+    ready: dict[int, np.ndarray] = {}  # drawn before the clock starts, as PyTorch's are
+    stepping = steps(config, corpus, batches=ready.pop, state=state, programs=programs)
 
     def run_step() -> float:
-        nonlocal state, step
-        batch = data.train_batch(corpus, config, step)
-        step += 1
-
-        def call() -> Any:
-            nonlocal state
-            windows_BxL1 = sharding.to_devices(programs.mesh, batch)
-            state, metrics = train_step(state, programs.key, windows_BxL1)
-            return state, metrics
-
+        step = int(state.step)
+        ready[step] = train_batch(corpus, config, step)
         return timed(call)
 
-    test_batch = sharding.to_devices(programs.mesh, data.test_batches(corpus, config)[0])
+    def call() -> Any:
+        nonlocal state
+        _, state, metrics = next(stepping)
+        return state, metrics
+
+    tests = [programs.to_devices(test_batches(corpus, config)[0])]
     run_step()
     about = {
         "compile_s": compile_s,
@@ -70,11 +66,10 @@ def run(config: TrainConfig, corpus: data.Corpus, programs: Programs) -> None:
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "n_devices": programs.mesh.size,
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
     }
     runs = {
         "step": run_step,
-        "eval": lambda: timed(lambda: programs.evaluate(state.params, test_batch)),
+        "eval": lambda: timed(lambda: programs.test(state.params, tests)),
         "matmul": matmul(config, programs.mesh.size),
         "generate": lambda: timed(lambda: write_text(state.params, corpus, programs, config)),
     }
@@ -109,7 +104,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def write_text(
-    params: dict, corpus: data.Corpus, programs: Programs, config: TrainConfig
+    params: dict, corpus: Corpus, programs: Programs, config: TrainConfig
 ) -> list[np.ndarray]:
     """NEW_TOKENS tokens, drawn after the first PROMPT_TOKENS of the corpus."""
     return list(
@@ -124,18 +119,21 @@ def write_text(
     )
 
 
-def initial_loss(config: TrainConfig, corpus: data.Corpus, programs: Programs, path: str) -> float:
-    """Loss of the first batch at the initial weights, dropout off; the weights go to `path`."""
-    params = programs.init(programs.key).params
-    np.savez(path, **flax.traverse_util.flatten_dict(jax.device_get(params), sep="/"))
+def initial_loss(config: TrainConfig, corpus: Corpus, programs: Programs, path: str) -> float:
+    """Loss of the first batch at the initial weights, dropout off.
+
+    The weights go to `path`, under torch_ref's names.
+    """
+    params = programs.init().params
+    weights = to_layout(jax.device_get(params), config.model, "torch_ref")
+    np.savez(path, **weights)  # type: ignore[arg-type]
 
     @jax.jit
     def mean_nll(params: dict, windows_BxL1: jax.Array) -> jax.Array:
         n = n_last(config)
-        return window_nll(params, windows_BxL1, config, n_last=n, deterministic=True).mean()
+        return position_losses(params, windows_BxL1, config, n_last=n, deterministic=True).mean()
 
-    batch = sharding.to_devices(programs.mesh, data.train_batch(corpus, config, 0))
-    return float(mean_nll(params, batch))
+    return float(mean_nll(params, programs.to_devices(train_batch(corpus, config, 0))))
 
 
 def matmul(config: TrainConfig, n_devices: int) -> Callable[[], float]:

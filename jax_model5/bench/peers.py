@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jax_model5.bench.cases import with_model
-from jax_model5.bench.rounds import Program, in_turn, say
-from jax_model5.config import TrainConfig, UserError, to_yaml
+from jax_model5.bench.rounds import Program, in_turn
+from jax_model5.config import TrainConfig, to_yaml
+from jax_model5.errors import UserError
+from jax_model5.record import note
 
 
 def ours(config: TrainConfig, dtype: str, scratch: Path) -> Program:
@@ -35,11 +37,11 @@ def _torch(variant: str, config: TrainConfig, dtype: str, scratch: Path) -> Prog
 def tuned(config: TrainConfig, dtype: str, steps: int, scratch: Path) -> Program:
     """The faster one of eager and compiled PyTorch, by the median of `steps` steps."""
     eager = _torch("eager", config, dtype, scratch)
-    say(f"{eager.name}: first step done")
+    note(f"{eager.name}: first step done")
     try:
         compiled = _torch("compile", config, dtype, scratch)
     except UserError as error:
-        say(f"torch.compile is out: {error}")
+        note(f"torch.compile is out: {error}")
         return eager
     both = eager, compiled
     contest = in_turn(both, 1, {p.name: {"step": steps} for p in both})

@@ -1,16 +1,12 @@
 """The benchmark's result as a table on the terminal, as JSON, and as one PNG."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
 
 _TABLE_WIDTH = 130
 COLUMNS = (
@@ -23,11 +19,6 @@ LEGEND = (
     "of matmul: FLOP/s over those of this machine's own matrix products; MFU: over the chip's "
     "published bfloat16 peak, where known"
 )
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -102,7 +93,8 @@ def plot_programs(result: dict[str, Any], path: Path, unit: str) -> None:
     times = [p[unit] for p in programs]
     medians = [t["median"] for t in times]
     errors = [[t["median"] - t["q1"] for t in times], [t["q3"] - t["median"] for t in times]]
-    fig, ax = plt.subplots(figsize=(7, 0.8 + 0.45 * len(programs)), layout="constrained")
+    figure = Figure(figsize=(7, 0.8 + 0.45 * len(programs)), layout="constrained")
+    ax = figure.subplots()
     colors = ["C0" if p["name"].startswith("jax") else "C1" for p in programs]
     ax.barh([p["name"] for p in programs], medians, xerr=errors, color=colors, capsize=3)
     for index, value in enumerate(medians):
@@ -113,15 +105,15 @@ def plot_programs(result: dict[str, Any], path: Path, unit: str) -> None:
     shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
     case, device = Path(result["case"]).name, result["machine"]["device"]
     ax.set_title(f"{case}, {config['objective']}, {shape}: {device}")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    figure.savefig(path, dpi=110)
 
 
 def plot_sweep(result: dict[str, Any], path: Path) -> None:
     """Measured seconds a step, and those predicted from FLOPs at the matrix-product rate."""
     points = result["points"]
     values = [p["value"] for p in points]
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
     ax.loglog(values, [p["step"]["median"] for p in points], "o-", label="measured")
     predicted = [p["predicted_s"] for p in points]
     ax.loglog(values, predicted, "s--", label="predicted: FLOPs / matrix-product rate")
@@ -132,5 +124,4 @@ def plot_sweep(result: dict[str, Any], path: Path) -> None:
     ax.set_title(f"{Path(result['case']).name}: {result['machine']['device']}")
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    figure.savefig(path, dpi=110)

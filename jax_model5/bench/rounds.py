@@ -1,17 +1,18 @@
 """Programs in processes of their own, timed in turn, and the statistics of their times."""
 
+import contextlib
 import json
 import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_model5.config import UserError
+from jax_model5.errors import UserError
+from jax_model5.record import note
 
 # Difference of two programs' losses at the same weights [nats]. Measured on a CPU: 2e-6 in float32
 # and 4e-5 in bfloat16; on a GPU float32 may mean TF32.
@@ -55,7 +56,8 @@ class Program:
             self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
-            stream.close()  # type: ignore[union-attr]
+            with contextlib.suppress(BrokenPipeError):  # what it was not able to read any more
+                stream.close()  # type: ignore[union-attr]
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -87,12 +89,8 @@ def in_turn(
                     results[program.name]["peak_bytes"] = answer["peak_bytes"]
             first = next(iter(requests[program.name]))
             middle = statistics.median(results[program.name][first][-1])
-            say(f"round {index + 1}/{rounds}  {program.name}: {middle:.4g} s a {first}")
+            note(f"round {index + 1}/{rounds}  {program.name}: {middle:.4g} s a {first}")
     return results
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -4,21 +4,30 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jax_model5 import data, metrics, sharding, tokenizer, train
+from jax_model5 import record, tokenizer
 from jax_model5.compare import heterogeneity, measure, plan, report, summary
 from jax_model5.compare.plan import Run
-from jax_model5.config import ArgumentParser, TrainConfig, UserError, one_line_errors, to_yaml
-from jax_model5.objectives import n_last
+from jax_model5.config import TrainConfig, to_yaml
+from jax_model5.corpus import Corpus, load_corpus
+from jax_model5.errors import (
+    ArgumentParser,
+    UserError,
+    disk_errors,
+    one_line_errors,
+    require,
+    require_at_least_1,
+)
+from jax_model5.losses import n_last
+from jax_model5.record import note
+from jax_model5.startup import set_up_jax
+from jax_model5.train import Outcome, train
 
 
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -36,43 +45,39 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     windows = "windows for the gradient noise, 0: do not measure it; default 256"
     parser.add_argument("--noise_windows", type=int, default=256, help=windows)
     options, rest = parser.parse_known_args(args)
-    if options.seeds < 1:
-        raise UserError(f"seeds={options.seeds}: must be at least 1")
-    least = measure.NOISE_WINDOWS
-    if options.noise_windows and (options.noise_windows < least or options.noise_windows % 8):
-        raise UserError(
-            f"noise_windows={options.noise_windows}: must be 0 or a multiple of 8, at least {least}"
-        )
+    require_at_least_1(options, "seeds")
+    n, least = options.noise_windows, measure.NOISE_WINDOWS
+    fits = n == 0 or (n >= least and n % 8 == 0)
+    require(fits, "noise_windows", n, f"must be 0 or a multiple of 8, at least {least}")
     return options, rest
 
 
 def main() -> None:
     with one_line_errors():
         options, overrides = parse_args(sys.argv[1:])
+        record.commit()  # as it is now, whatever is edited while the runs go on
         budget = plan.parse_budget(options.budget)
         configs = plan.read_configs(options.configs, overrides)
         out = Path(options.out).expanduser()
         runs = plan.make_runs(configs, options.seeds, budget, out)
-        corpora = {name: data.load_corpus(config) for name, config in configs.items()}
-        metrics.make_folder(options.out)
+        corpora = {name: load_corpus(config) for name, config in configs.items()}
+        record.out_folder(options.out)
         train_all(runs, out)
         figures = measure_all(runs, corpora, options.noise_windows, out)
+        costs = {name: plan.cost_of_step(config) for name, config in configs.items()}
         result = {
-            "command": "python -m jax_model5.compare " + " ".join(sys.argv[1:]),
-            "commit": metrics.commit(),
-            "machine": machine(),
+            **record.circumstances("-m jax_model5.compare", jax.devices()[0].device_kind),
             "budget": options.budget,
             "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
             "steps": {run.name: run.config.steps for run in runs},
-            "cost_of_step": {name: plan.cost_of_step(config) for name, config in configs.items()},
+            "cost_of_step": costs,
             "corpora": statistics_of(configs, corpora),
             "runs": figures,
+            "summary": summary.summarize(figures, costs),
+            "levels": summary.levels(figures),
         }
-        result["summary"] = summary.summarize(figures, result["cost_of_step"])
-        result["levels"] = summary.levels(figures)
         report.write(result, {run.label: measure.seconds(run) for run in runs}, out)
-        text = json.dumps(summary.without_nan(result), indent=1, allow_nan=False)
-        metrics.replace_text(out / "results.json", text + "\n")
+        record.write_json(out / "results.json", result)
         print(report.first_rows(result))
         print(f"written: {out}/index.html, its plots, and results.json")
 
@@ -85,20 +90,20 @@ def train_all(runs: Sequence[Run], out: Path) -> None:
     """
     diverged = []
     for index, run in enumerate(runs, 1):
-        say(f"run {index}/{len(runs)}: {run.label}, {run.config.steps} steps")
-        sharding.set_up_jax(run.config)
+        note(f"run {index}/{len(runs)}: {run.label}, {run.config.steps} steps")
+        set_up_jax(run.config)
         if jax.process_count() > 1:
             raise UserError("JAX_NUM_PROCESSES: a comparison is of one process; unset it")
         with (
-            train.disk_and_memory_errors(run.config),
+            disk_errors("out", str(out), "make room or name another folder"),
             open(out / "train.log", "a") as log,
             contextlib.redirect_stdout(log),
         ):
-            code = train.train(run.config)
-        if code:
+            outcome = train(run.config)
+        if outcome == Outcome.DIVERGED:
             diverged.append(run.label)
-        elif len(measure.seconds(run)) < run.config.steps:
-            say("stopped and saved; the same command goes on")
+        elif outcome == Outcome.STOPPED:
+            note("stopped and saved; the same command goes on")
             raise SystemExit(0)
     if diverged:
         raise UserError(
@@ -108,13 +113,13 @@ def train_all(runs: Sequence[Run], out: Path) -> None:
 
 
 def measure_all(
-    runs: Sequence[Run], corpora: dict[str, data.Corpus], n_windows: int, out: Path
+    runs: Sequence[Run], corpora: dict[str, Corpus], n_windows: int, out: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """{config: [each seed's figures]}; what was measured before is read again."""
     ns = sorted({1, runs[0].config.model.seq_len, *(n_last(run.config) for run in runs)})
     figures = {run.label: measure_run(run, corpora[run.name], n_windows, ns, out) for run in runs}
     for judge in runs:
-        sharding.set_up_jax(judge.config)
+        set_up_jax(judge.config)
         for run in runs:
             if run.config.seed == judge.config.seed:
                 prompts = measure.prompts(run, corpora[run.name])
@@ -124,7 +129,7 @@ def measure_all(
 
 
 def measure_run(
-    run: Run, corpus_: data.Corpus, n_windows: int, ns: Sequence[int], out: Path
+    run: Run, corpus: Corpus, n_windows: int, ns: Sequence[int], out: Path
 ) -> dict[str, Any]:
     path = out / "figures" / f"{run.label}.json"
     asked = {"config": to_yaml(run.config), "noise_windows": n_windows, "ns": list(ns)}
@@ -132,24 +137,24 @@ def measure_run(
         known = json.loads(path.read_text())
         if known.pop("asked") == asked:
             return known
-    say(f"measuring {run.label}")
-    sharding.set_up_jax(run.config)
+    note(f"measuring {run.label}")
+    set_up_jax(run.config)
     encoding = tokenizer.load(run.config.data.tokenizer)
     figures = {
         "seed": run.config.seed,
         **measure.curves(run),
-        "noise": measure.gradient_noise(run, corpus_, n_windows, ns) if n_windows else {},
-        "gap": measure.gap(run, corpus_),
-        "text": measure.samples_and_quality(run, corpus_, encoding),
-        "documents": measure.documents(run, corpus_, encoding.eot_token),
+        "noise": measure.gradient_noise(run, corpus, n_windows, ns) if n_windows else {},
+        "gap": measure.gap(run, corpus),
+        "text": measure.samples_and_quality(run, corpus, encoding),
+        "documents": measure.documents(run, corpus, encoding.eot_token),
     }
     path.parent.mkdir(exist_ok=True)
-    metrics.replace_text(path, json.dumps({"asked": asked, **figures}))
+    record.replace_text(path, json.dumps({"asked": asked, **figures}))
     return json.loads(json.dumps(figures))  # the same types, measured now or before
 
 
 def statistics_of(
-    configs: dict[str, TrainConfig], corpora: dict[str, data.Corpus]
+    configs: dict[str, TrainConfig], corpora: dict[str, Corpus]
 ) -> dict[str, dict[str, Any]]:
     """The figures of each config's text, computed once for each text."""
     known: dict[tuple[str, int], dict[str, float]] = {}
@@ -161,21 +166,6 @@ def statistics_of(
             known[key] = heterogeneity.statistics(text, encoding)
         found[name] = {"source": configs[name].data.source, **known[key]}
     return found
-
-
-def machine() -> dict[str, Any]:
-    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    return {
-        "device": jax.devices()[0].device_kind,
-        "processor": metrics.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **packages,
-    }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import tiktoken
 
-from jax_model5.data import Corpus
+from jax_model5.corpus import Corpus
 
 CHUNK = 256
 """Length of the pieces whose unigrams are compared: one training window of Model 5 [tokens]."""

@@ -10,14 +10,16 @@ import jax
 import numpy as np
 import tiktoken
 
-from jax_model5 import data, metrics
+from jax_model5 import record
+from jax_model5.batches import test_batches, train_batch
 from jax_model5.checkpoint import read_params
 from jax_model5.compare import heterogeneity, noise, text
 from jax_model5.compare.plan import Run
-from jax_model5.config import TrainConfig
+from jax_model5.config import TEST_METRICS, TrainConfig
+from jax_model5.corpus import Corpus
 from jax_model5.generate import Sampling, generate
-from jax_model5.objectives import window_nll
-from jax_model5.step import abstract_params
+from jax_model5.losses import position_losses
+from jax_model5.step import abstract_state
 
 SAMPLES, SAMPLE_TOKENS = 8, 64
 _NOISE_BATCH = 8
@@ -28,14 +30,13 @@ _ROWS = 16  # windows of one forward pass
 
 def curves(run: Run) -> dict[str, Any]:
     """The run's test losses by step, its training losses, and how much these swing."""
-    records = metrics.read(Path(run.config.workdir, "metrics.jsonl"))
-    evals = [record for record in records if record["kind"] == "eval"]
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
-    rolling = metrics.rolling_std(np.array(losses), min(metrics.ROLLING_STEPS, len(losses)))
+    records = record.read(Path(run.config.workdir, "metrics.jsonl"))
+    evals = [r for r in records if r["kind"] == "eval"]
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    rolling = record.rolling_std(np.array(losses), min(record.ROLLING_STEPS, len(losses)))
     return {
-        "step": [record["step"] for record in evals],
-        "final_token_nll": [record["final_token_nll"] for record in evals],
-        "all_token_nll": [record["all_token_nll"] for record in evals],
+        "step": [r["step"] for r in evals],
+        **{metric: [r[metric] for r in evals] for metric in TEST_METRICS},
         "train_loss": losses,
         "train_std": float(np.nanmean(rolling[len(rolling) // 2 :])),
     }
@@ -43,7 +44,7 @@ def curves(run: Run) -> dict[str, Any]:
 
 def seconds(run: Run) -> list[float]:
     """Seconds of each training step, as the run itself logged them."""
-    records = metrics.read(Path(run.config.workdir, "metrics.jsonl"))
+    records = record.read(Path(run.config.workdir, "metrics.jsonl"))
     tokens = run.config.batch_size * run.config.model.seq_len
     return [tokens / r["tokens_per_second"] for r in records if r["kind"] == "train"]
 
@@ -51,7 +52,7 @@ def seconds(run: Run) -> list[float]:
 @functools.lru_cache(maxsize=2)
 def params_of(config: TrainConfig, step: int) -> dict:
     """The parameters that a run saved at that step."""
-    return jax.device_put(read_params(config.workdir, abstract_params(config), step=step))
+    return jax.device_put(read_params(config.workdir, abstract_state(config).params, step=step))
 
 
 def final_params(config: TrainConfig) -> dict:
@@ -67,7 +68,7 @@ def _same_program(config: TrainConfig) -> TrainConfig:
 
 
 def gradient_noise(
-    run: Run, corpus: data.Corpus, n_windows: int, ns: Sequence[int]
+    run: Run, corpus: Corpus, n_windows: int, ns: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """{"middle" or "end": {N: noise of the mean NLL on the last N positions}}."""
     drawn = dataclasses.replace(
@@ -77,7 +78,7 @@ def gradient_noise(
         accumulate=1,
         data=dataclasses.replace(run.config.data, sampling="random"),
     )
-    windows_RxL1 = data.train_batch(corpus, drawn, 0)
+    windows_RxL1 = train_batch(corpus, drawn, 0)
     found: dict[str, dict[str, Any]] = {}
     for moment, step in {"middle": run.config.checkpoint_every, "end": run.config.steps}.items():
         params = params_of(run.config, step)
@@ -96,11 +97,11 @@ def gradient_noise(
 # ---- losses -------------------------------------------------------------------------------------
 
 
-def gap(run: Run, corpus: data.Corpus) -> dict[str, float]:
+def gap(run: Run, corpus: Corpus) -> dict[str, float]:
     """Test minus training NLL at the end [nats], both with dropout off, on windows equally many."""
-    test = data.test_batches(corpus, run.config).reshape(-1, run.config.model.seq_len + 1)
+    test = test_batches(corpus, run.config).reshape(-1, run.config.model.seq_len + 1)
     drawn = dataclasses.replace(run.config, seed=_FRESH_SEED, batch_size=len(test), accumulate=1)
-    train = data.train_batch(corpus, drawn, 0)
+    train = train_batch(corpus, drawn, 0)
     L = run.config.model.seq_len
     test_RxL, train_RxL = (nll_of_windows(run.config, part, L) for part in (test, train))
     return {
@@ -112,14 +113,14 @@ def gap(run: Run, corpus: data.Corpus) -> dict[str, float]:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def prompts(run: Run, corpus: data.Corpus) -> np.ndarray:
+def prompts(run: Run, corpus: Corpus) -> np.ndarray:
     """Full test windows [SAMPLES, L]: every token comes from the last position, also at once."""
-    windows_NxL1 = data.test_batches(corpus, run.config).reshape(-1, run.config.model.seq_len + 1)
+    windows_NxL1 = test_batches(corpus, run.config).reshape(-1, run.config.model.seq_len + 1)
     places = np.linspace(0, len(windows_NxL1) - 1, SAMPLES).astype(int)
     return windows_NxL1[places, 1:]
 
 
-def sample(run: Run, corpus: data.Corpus) -> np.ndarray:
+def sample(run: Run, corpus: Corpus) -> np.ndarray:
     """SAMPLE_TOKENS tokens after each prompt, at temperature 1, the same seed for every run."""
     tokens = generate(
         final_params(run.config),
@@ -132,9 +133,7 @@ def sample(run: Run, corpus: data.Corpus) -> np.ndarray:
     return np.array(list(tokens)).T
 
 
-def samples_and_quality(
-    run: Run, corpus: data.Corpus, encoding: tiktoken.Encoding
-) -> dict[str, Any]:
+def samples_and_quality(run: Run, corpus: Corpus, encoding: tiktoken.Encoding) -> dict[str, Any]:
     rows = sample(run, corpus)
     return {"samples": rows.tolist(), **text.quality(rows.tolist(), corpus, encoding)}
 
@@ -161,13 +160,13 @@ def nll_of_windows(config: TrainConfig, windows_RxL1: np.ndarray, n: int) -> np.
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _nll(params: dict, windows_RxL1: jax.Array, config: TrainConfig, n: int) -> jax.Array:
-    return window_nll(params, windows_RxL1, config, n_last=n, deterministic=True)
+    return position_losses(params, windows_RxL1, config, n_last=n, deterministic=True)
 
 
 # ---- documents ----------------------------------------------------------------------------------
 
 
-def documents(run: Run, corpus: data.Corpus, end_of_text: int) -> dict[str, float]:
+def documents(run: Run, corpus: Corpus, end_of_text: int) -> dict[str, float]:
     """How the NLL of the test part differs between its documents, under the run's last state."""
     L = run.config.model.seq_len
     test_T = np.asarray(corpus.tokens_T[corpus.n_train :], np.int64)

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_model5.config import TrainConfig, UserError
-from jax_model5.objectives import n_last, window_nll
-from jax_model5.optimizer import merge, split_frozen
+from jax_model5.config import TrainConfig
+from jax_model5.errors import UserError
+from jax_model5.losses import n_last, position_losses
+from jax_model5.optimizer import split_frozen
+from jax_model5.trees import merge
 
 # ---- statistics ---------------------------------------------------------------------------------
 
@@ -44,7 +46,9 @@ class Estimate:
         The ratio of two unbiased numbers is not unbiased: it is too large by about the square of
         the divisor's relative error. Of use only where the divisor is many errors away from 0.
         """
-        return Estimate(self.value / other.value, self.without_M / other.without_M)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(np.float64(self.value) / np.float64(other.value))
+            return Estimate(value, self.without_M / other.without_M)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,7 +151,7 @@ def _gradient(params: dict, windows_BxL1: jax.Array, *, config: TrainConfig) -> 
 
     def loss(moving: dict) -> jax.Array:
         params, n = merge(moving, frozen), n_last(config)
-        return window_nll(params, windows_BxL1, config, n_last=n, deterministic=True).mean()
+        return position_losses(params, windows_BxL1, config, n_last=n, deterministic=True).mean()
 
     return jax.grad(loss)(moving)
 

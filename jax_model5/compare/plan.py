@@ -11,15 +11,18 @@ from pathlib import Path
 
 import jax
 
-from jax_model5 import data, metrics, sharding
-from jax_model5.config import TrainConfig, UserError, parse, to_yaml
+from jax_model5 import record
+from jax_model5.config import TrainConfig, flatten, parse, to_yaml
+from jax_model5.corpus import load_corpus
+from jax_model5.errors import UserError
 from jax_model5.flops import step_flops
-from jax_model5.objectives import n_last
-from jax_model5.train import Programs
+from jax_model5.losses import n_last
+from jax_model5.programs import steps
+from jax_model5.startup import set_up_jax
 
 BUDGETS = ("steps", "targets", "tokens", "flops", "seconds")
 EVALUATIONS = 20
-"""Test losses in a run."""
+"""Test losses in a run, after that of step 0."""
 _EQUAL_FIELDS = ("model.vocab_size", "model.seq_len", "data.tokenizer")
 _TIMED_STEPS = 5
 _KEEP_ALL = 10**6  # checkpoints: the middle one is measured, also after a stop saved another
@@ -56,8 +59,7 @@ def read_configs(paths: Sequence[str], overrides: Sequence[str]) -> dict[str, Tr
 def _require_comparable(configs: dict[str, TrainConfig]) -> None:
     first, *others = configs
     for field in _EQUAL_FIELDS:
-        group, key = field.split(".")
-        values = {name: getattr(getattr(config, group), key) for name, config in configs.items()}
+        values = {name: flatten(config)[field] for name, config in configs.items()}
         for name in others:
             if values[name] != values[first]:
                 raise UserError(
@@ -143,23 +145,25 @@ def _steps(name: str, config: TrainConfig, budget: tuple[str, float] | None, out
 
 def _seconds_per_step(name: str, config: TrainConfig, out: Path) -> float:
     """Measured once and remembered, so that a second start makes the same runs."""
-    path = metrics.make_folder(str(out)) / "seconds_per_step.json"
+    path = record.out_folder(str(out)) / "seconds_per_step.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     key = f"{name} {hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]}"
     if key not in known:
         known[key] = time_steps(config)
-        metrics.replace_text(path, json.dumps(known, indent=1) + "\n")
+        record.replace_text(path, json.dumps(known, indent=1) + "\n")
     return known[key]
 
 
 def time_steps(config: TrainConfig, clock: Callable[[], float] = time.perf_counter) -> float:
     """Median seconds of a few steps after the first."""
-    sharding.set_up_jax(config)
-    corpus, programs = data.load_corpus(config), Programs(config)
-    state, train_step, seconds = programs.init(programs.key), programs.compile_train(), []
-    for step in range(1 + _TIMED_STEPS):
-        batch = sharding.to_devices(programs.mesh, data.train_batch(corpus, config, step))
+    set_up_jax(config)
+    stepping = steps(
+        dataclasses.replace(config, steps=max(config.steps, 1 + _TIMED_STEPS)), load_corpus(config)
+    )
+    jax.block_until_ready(next(stepping))  # compiles
+    seconds = []
+    for _ in range(_TIMED_STEPS):
         start = clock()
-        state, _ = jax.block_until_ready(train_step(state, programs.key, batch))
+        jax.block_until_ready(next(stepping))
         seconds.append(clock() - start)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds)

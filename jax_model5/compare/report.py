@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jax_model5 import metrics, tokenizer
-from jax_model5.compare.summary import METRICS
+from jax_model5 import record, tokenizer
+from jax_model5.compare.summary import noise_places
+from jax_model5.config import TEST_METRICS
 from jax_model5.generate import text_of
 
 _HEAD = (
@@ -100,7 +101,7 @@ def write(result: dict[str, Any], seconds: dict[str, Sequence[float]], out: Path
         *images,
         *_samples(result),
     ]
-    metrics.replace_text(out / "index.html", "\n".join(parts))
+    record.replace_text(out / "index.html", "\n".join(parts))
 
 
 def first_rows(result: dict[str, Any]) -> str:
@@ -168,11 +169,10 @@ def _judges(names: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def _noise_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    places = [key.split("/")[1:3] for key in figures if key.endswith("/trace")]
     return [
         (f"{words}, last {n} positions, {moment} of the run", f"noise/{moment}/{n}/{kind}", ".3g")
         for kind, words in _NOISE.items()
-        for moment, n in places
+        for moment, n in noise_places(figures)
     ]
 
 
@@ -194,9 +194,9 @@ def text_rows(corpora: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def value_of(value: dict[str, float], spec: str) -> str:
     """ "5.123 ± 0.004", without the spread of a single seed; a dash where there is no value."""
-    if math.isnan(value["mean"]):
+    if not math.isfinite(value["mean"]):
         return "-"
-    spread = "" if math.isnan(value["std"]) else f" ± {value['std']:{spec}}"
+    spread = "" if not math.isfinite(value["std"]) else f" ± {value['std']:{spec}}"
     return f"{value['mean']:{spec}}{spread}"
 
 
@@ -226,8 +226,10 @@ def _samples(result: dict[str, Any]) -> list[str]:
 def curves(result: dict[str, Any], seconds: dict[str, Sequence[float]]) -> Figure:
     """Both test losses against steps, targets, tokens, FLOPs and seconds."""
     figure = Figure(figsize=(16, 6.5), layout="constrained")
-    axes = figure.subplots(len(METRICS), len(_AXES), sharey="row", squeeze=False)
-    for (row, metric), (column, axis) in itertools.product(enumerate(METRICS), enumerate(_AXES)):
+    axes = figure.subplots(len(TEST_METRICS), len(_AXES), sharey="row", squeeze=False)
+    for (row, metric), (column, axis) in itertools.product(
+        enumerate(TEST_METRICS), enumerate(_AXES)
+    ):
         ax = axes[row][column]
         for color, (name, seeds) in enumerate(result["runs"].items()):
             xs = [_x(result, seconds, name, run, axis) for run in seeds]
@@ -241,7 +243,7 @@ def curves(result: dict[str, Any], seconds: dict[str, Sequence[float]]) -> Figur
         if axis in ("targets", "flops", "seconds"):
             ax.set_xscale("log")
         ax.grid(alpha=0.3)
-    for row, metric in enumerate(METRICS):
+    for row, metric in enumerate(TEST_METRICS):
         axes[row][0].set_ylabel(f"test {metric.replace('_', ' ')} [nats]")
     axes[0][0].legend()
     return figure
@@ -256,7 +258,7 @@ def _x(
 ) -> np.ndarray:
     steps = np.array(run["step"])
     if axis == "seconds":
-        return np.cumsum(seconds[_label(result, name, run)])[steps - 1]
+        return np.cumsum([0.0, *seconds[_label(result, name, run)]])[steps]
     return steps * result["cost_of_step"][name][axis]
 
 
@@ -268,9 +270,9 @@ def spread(result: dict[str, Any]) -> Figure:
         left.plot(seeds[0]["train_loss"], color=f"C{color}", linewidth=0.7, label=name)
         for run in seeds:
             loss = np.array(run["train_loss"])
-            right.plot(metrics.rolling_std(loss), color=f"C{color}", linewidth=0.9)
+            right.plot(record.rolling_std(loss), color=f"C{color}", linewidth=0.9)
     left.set_ylabel("training loss [nats]")
-    right.set_ylabel(f"its std over {metrics.ROLLING_STEPS} steps")
+    right.set_ylabel(f"its std over {record.ROLLING_STEPS} steps")
     for ax in (left, right):
         ax.set_xlabel("optimizer step")
         ax.grid(alpha=0.3)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("final_token_nll", "all_token_nll")
+from jax_model5.config import TEST_METRICS
+from jax_model5.trees import leaves_of
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:
@@ -51,7 +52,7 @@ def levels(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """For each metric the highest loss that a run ends with: every run gets there."""
     return {
         metric: max(run[metric][-1] for seeds in runs.values() for run in seeds)
-        for metric in METRICS
+        for metric in TEST_METRICS
     }
 
 
@@ -64,47 +65,39 @@ def summarize(
     for name, seeds in runs.items():
         figures = [_figures(run, goals, costs[name]) for run in seeds]
         summary[name] = {key: over_seeds([f[key] for f in figures]) for key in figures[0]}
-        for key in [key for key in figures[0] if key.endswith("/scale")]:
+        for moment, n in noise_places(summary[name]):
             # A mean of ratios would follow the seed whose |G|² happens to be near 0.
             trace, squared_norm = (
-                summary[name][key.replace("/scale", other)]["mean"]
-                for other in ("/trace", "/squared_norm")
+                np.float64(summary[name][f"noise/{moment}/{n}/{key}"]["mean"])
+                for key in ("trace", "squared_norm")
             )
-            summary[name][key] = {"mean": trace / squared_norm, "std": math.nan}
+            with np.errstate(divide="ignore", invalid="ignore"):
+                scale = {"mean": float(trace / squared_norm), "std": math.nan}
+            summary[name][f"noise/{moment}/{n}/scale"] = scale
     return summary
+
+
+def noise_places(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(moment of the run, last N positions) of every gradient noise among the figures.
+
+    >>> noise_places({"noise/end/16/trace": 1.0, "judged_by/trace": 2.0})
+    [('end', '16')]
+    """
+    paths = [path.split("/") for path in figures if path.startswith("noise/")]
+    return [(moment, n) for _, moment, n, key in paths if key == "trace"]
 
 
 def _figures(
     run: Mapping[str, Any], goals: Mapping[str, float], costs: Mapping[str, float]
 ) -> dict[str, float]:
     """One run's numbers, flat; nested ones as "noise/1/trace"."""
-    flat = {metric: run[metric][-1] for metric in METRICS}
-    flat |= {f"largest_rise_of_{metric}": largest_rise(run[metric]) for metric in METRICS}
+    flat = {metric: run[metric][-1] for metric in TEST_METRICS}
+    flat |= {f"largest_rise_of_{metric}": largest_rise(run[metric]) for metric in TEST_METRICS}
     for metric, level in goals.items():
         steps = steps_to_reach(level, run["step"], run[metric])
         flat[f"steps_to_{metric}"] = steps
         flat[f"flops_to_{metric}"] = steps * costs["flops"]
     flat["train_std"] = run["train_std"]
-    flat |= _leaves(
-        {group: run[group] for group in ("noise", "gap", "text", "documents", "judged_by")}
-    )
-    return flat
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _leaves(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def without_nan(tree: Any) -> Any:
-    """The same tree with None for nan, which JSON does not know."""
-    if isinstance(tree, dict):
-        return {key: without_nan(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [without_nan(value) for value in tree]
-    return None if isinstance(tree, float) and math.isnan(tree) else tree
+    groups = ("noise", "gap", "text", "documents", "judged_by")
+    leaves = leaves_of({group: run[group] for group in groups})
+    return flat | {path: leaf for path, leaf in leaves.items() if isinstance(leaf, int | float)}

@@ -12,7 +12,7 @@ import numpy as np
 import tiktoken
 
 from jax_model5 import tokenizer
-from jax_model5.data import Corpus
+from jax_model5.corpus import Corpus
 
 _WORD = re.compile(r"[^\W\d_]+")
 

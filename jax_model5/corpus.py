@@ -1,8 +1,7 @@
-"""A source of text -> one token array on disk; (seed, step) -> a batch of windows."""
+"""A source (text, FineWeb, ...) -> one token array on disk."""
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import hashlib
 import itertools
@@ -14,10 +13,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import rich.console
@@ -25,15 +24,14 @@ import rich.progress
 import tiktoken
 
 from jax_model5 import tokenizer
-from jax_model5.config import DataConfig, TrainConfig, UserError
+from jax_model5.config import DataConfig, TrainConfig
+from jax_model5.errors import UserError, disk_errors, require
 
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-FINEWEB = ("HuggingFaceFW/fineweb", "sample-10BT")
-FINEWEB_DOCS = 1000
+FINEWEB, FINEWEB_SUBSET, FINEWEB_DOCS = "HuggingFaceFW/fineweb", "sample-10BT", 1000
 _RETRIES = 4
 _BATCH_DOCS = 512
 _STALE_SECONDS = 86400
-_OFFLINE_WAYS = "offline, use data.source=pydocs or a path to .txt .jsonl .json .parquet files"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,86 +57,76 @@ def documents(config: DataConfig) -> Iterator[str]:
     Raises:
       UserError: no such file or data set, missing column, not UTF-8, no network.
     """
-    limit = config.n_docs or (FINEWEB_DOCS if config.source == "fineweb" else None)
-    return itertools.islice(_all_documents(config), limit)
+    return itertools.islice(_all_documents(config), config.n_docs or None)
 
 
 def _all_documents(config: DataConfig) -> Iterator[str]:
-    if config.source == "pydocs":
-        return _pydocs()
-    if config.source == "fineweb":
-        return _hub_documents(*FINEWEB, config)
+    if config.source in SOURCES:
+        return SOURCES[config.source].documents(config)
     if config.source.startswith("hf:"):
-        repository = config.source[3:]
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-            raise UserError(f"data.source={config.source!r}: write it as hf:OWNER/NAME")
-        return _hub_documents(repository, None, config)
+        return _hub_documents(config.source[3:], config.subset or None, config)
     return itertools.chain.from_iterable(
         _text_file(path) if path.suffix == ".txt" else _table(path, config)
         for path in _files(config.source)
     )
 
 
-def _pydocs() -> Iterator[str]:
+def _pydocs(_: DataConfig) -> Iterator[str]:
     from pydoc_data.topics import topics  # 0.7 MB of text, read only when it is the source
 
     return (topics[name] for name in sorted(topics))
 
 
+def _fineweb(config: DataConfig) -> Iterator[str]:
+    documents = _hub_documents(FINEWEB, config.subset or FINEWEB_SUBSET, config)
+    return itertools.islice(documents, config.n_docs or FINEWEB_DOCS)
+
+
 def _files(source: str) -> list[Path]:
-    root = Path(source).expanduser()
-    kinds = " ".join(SUFFIXES)
+    root, kinds = Path(source).expanduser(), " ".join(SUFFIXES)
     if root.is_dir():
-        paths = [path for path in sorted(root.rglob("*")) if path.suffix in SUFFIXES]
-        paths = [path for path in paths if path.is_file()]
-        if not paths:
-            raise UserError(f"data.source={source!r}: the folder holds no file of {kinds}")
+        paths = [p for p in sorted(root.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
+        require(len(paths) > 0, "data.source", source, f"the folder holds no file of {kinds}")
         return paths
-    if not root.exists():
-        raise UserError(
-            f"data.source={source!r}: no such file or folder; use pydocs, fineweb, hf:OWNER/NAME "
-            "or the path of one"
-        )
-    if root.suffix not in SUFFIXES:
-        raise UserError(f"data.source={source!r}: not a known kind of file; use {kinds}")
+    fix = "no such file or folder; use pydocs, fineweb, hf:OWNER/NAME or the path of one"
+    require(root.exists(), "data.source", source, fix)
+    is_known = root.suffix in SUFFIXES
+    require(is_known, "data.source", source, f"not a known kind of file; use {kinds}")
     return [root]
 
 
 def _text_file(path: Path) -> Iterator[str]:
     try:
         # newline="" keeps CRLF: the course's token counts include it.
-        with open(path, encoding="utf-8", newline="") as file:
-            yield file.read()
+        errors = disk_errors("data.source", str(path), "name another")
+        with errors, open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.source={str(path)!r}: byte {error.start} is not UTF-8; convert the file to UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data.source={str(path)!r}: {error.strerror}") from None
+        fix = f"byte {error.start} is not UTF-8; convert the file to UTF-8"
+        raise UserError(f"data.source={str(path)!r}: {fix}") from None
+    yield text
 
 
 def _table(path: Path, config: DataConfig) -> Iterator[str]:
-    datasets = _import_datasets()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well
     try:
-        if path.suffix == ".parquet":
-            with open(path, "rb") as file:
-                yield from _texts(_parquet_rows(file, config), config)
-        else:
-            rows = datasets.load_dataset(
-                SUFFIXES[path.suffix],
-                data_files=glob.escape(str(path)),
-                split="train",
-                streaming=True,
-            )
-            yield from _texts(rows, config)
+        with _quiet_datasets() as datasets:
+            if path.suffix == ".parquet":
+                with open(path, "rb") as file:
+                    yield from _texts(_parquet_rows(file, config), config)
+            else:
+                rows = datasets.load_dataset(
+                    SUFFIXES[path.suffix],
+                    data_files=glob.escape(str(path)),
+                    split="train",
+                    streaming=True,
+                )
+                yield from _texts(rows, config)
     except UserError:
         raise
     except Exception as error:  # each file format has errors of its own
         reason = str(error.__cause__ or error).split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"data.source={str(path)!r}: not readable as {path.suffix}: {reason}"
-        ) from None
+        what = f"data.source={str(path)!r}: not readable as {path.suffix}"
+        raise UserError(f"{what}: {reason}") from None
 
 
 def _parquet_rows(file: BinaryIO, config: DataConfig) -> Iterator[dict[str, Any]]:
@@ -156,36 +144,45 @@ def _parquet_rows(file: BinaryIO, config: DataConfig) -> Iterator[dict[str, Any]
         yield from batch.to_pylist()
 
 
-def _hub_rows(repository: str, name: str | None, config: DataConfig) -> Iterator[dict[str, Any]]:
+def _hub_rows(
+    datasets: ModuleType, repository: str, subset: str | None, config: DataConfig
+) -> Iterator[dict[str, Any]]:
     import fsspec
 
-    datasets = _import_datasets()
-    files = datasets.load_dataset_builder(repository, name=name).config.data_files or {}
+    files = datasets.load_dataset_builder(repository, name=subset).config.data_files or {}
     urls = files.get("train", [])
     if not urls or not all(url.endswith(".parquet") for url in urls):
-        yield from datasets.load_dataset(repository, name=name, split="train", streaming=True)
+        yield from datasets.load_dataset(repository, name=subset, split="train", streaming=True)
         return
     for url in urls:
         with fsspec.open(url) as file:
             yield from _parquet_rows(file, config)
 
 
-def _hub_documents(repository: str, name: str | None, config: DataConfig) -> Iterator[str]:
-    datasets = _import_datasets()
+def _hub_documents(repository: str, subset: str | None, config: DataConfig) -> Iterator[str]:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"data.source={config.source!r}: write it as hf:OWNER/NAME")
+    with _quiet_datasets() as datasets:
+        yield from _with_retries(datasets, repository, subset, config)
+
+
+def _with_retries(
+    datasets: ModuleType, repository: str, subset: str | None, config: DataConfig
+) -> Iterator[str]:
+    """The documents, gone on with after a failure where they broke off."""
     done = failures = 0
     while True:
         try:
-            rows = itertools.islice(_hub_rows(repository, name, config), done, None)
-            for text in _texts(rows, config, done):
+            rows = _hub_rows(datasets, repository, subset, config)
+            for text in _texts(itertools.islice(rows, done, None), config, done):
                 yield text
                 done, failures = done + 1, 0
             return
         except UserError:
             raise
         except datasets.exceptions.DatasetNotFoundError:
-            raise UserError(
-                f"data.source={config.source!r}: {repository} is not a public data set of the hub"
-            ) from None
+            reason = f"{repository} is not a public data set of the hub"
+            raise UserError(f"data.source={config.source!r}: {reason}") from None
         except (ValueError, datasets.data_files.EmptyDatasetError) as error:
             reason = str(error).split("\n")[0]  # no such config or split, a damaged file
             raise UserError(f"data.source={config.source!r}: not readable: {reason}") from None
@@ -196,19 +193,36 @@ def _hub_documents(repository: str, name: str | None, config: DataConfig) -> Ite
                 reason = str(error).split("\n")[0] or type(error).__name__
                 raise UserError(
                     f"data.source={config.source!r}: cannot be read after {done} documents: "
-                    f"{reason}; check the network, or {_OFFLINE_WAYS}"
+                    f"{reason}; check the network, or offline, use data.source=pydocs or a path to "
+                    ".txt .jsonl .json .parquet files"
                 ) from None
             time.sleep(2.0**failures)
 
 
-def _import_datasets() -> ModuleType:
-    """Imports `datasets` late (a second, and only a first run needs it) and without frameworks."""
-    for framework in ("TORCH", "JAX", "TF"):
-        os.environ.setdefault(f"USE_{framework}", "0")
-    import datasets
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[ModuleType]:
+    """`datasets` without a word, for what it logs is raised as well; its settings are put back.
 
+    Imported late, because that takes a second that only a first run needs, and without the
+    frameworks that it would import.
+    """
+    names = [f"USE_{framework}" for framework in ("TORCH", "JAX", "TF")]
+    added = {name: "0" for name in names if name not in os.environ}
+    os.environ |= added
+    try:
+        import datasets
+    finally:
+        for name in added:
+            del os.environ[name]
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
-    return datasets
+    try:
+        yield datasets
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _texts(rows: Iterable[dict[str, Any]], config: DataConfig, first: int = 0) -> Iterator[str]:
@@ -224,6 +238,16 @@ def _texts(rows: Iterable[dict[str, Any]], config: DataConfig, first: int = 0) -
         yield row[field]
 
 
+class Source(NamedTuple):
+    """A source by name: its documents, and what decides them besides the config."""
+
+    documents: Callable[[DataConfig], Iterator[str]]
+    version: str = ""
+
+
+SOURCES = {"pydocs": Source(_pydocs, platform.python_version()), "fineweb": Source(_fineweb)}
+
+
 # ---- documents -> tokens on disk ----------------------------------------------------------------
 
 
@@ -235,22 +259,16 @@ def load_corpus(config: TrainConfig) -> Corpus:
         beyond model.vocab_size, a cache folder that cannot be written.
     """
     encoding = tokenizer.load(config.data.tokenizer)
-    if config.model.vocab_size < encoding.n_vocab:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}: the {encoding.name} tokenizer has token "
-            f"ids up to {encoding.n_vocab - 1}; use {encoding.n_vocab}"
-        )
+    V, last = config.model.vocab_size, encoding.n_vocab - 1
+    fix = f"the {encoding.name} tokenizer has token ids up to {last}; use {last + 1}"
+    require(last < V, "model.vocab_size", V, fix)
     root = Path(config.data.cache_dir).expanduser()
     folder = root / _cache_name(config.data)
-    try:
+    fix = "name a folder that can be written and has room"
+    with disk_errors("data.cache_dir", config.data.cache_dir, fix):
         if not _is_cached(folder):
             _build(config.data, encoding, folder)
         tokens_T, manifest = _open(folder)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir={config.data.cache_dir!r}: {error.strerror or error}; name a folder "
-            "that can be written and has room"
-        ) from None
     return _split(tokens_T, manifest, config)
 
 
@@ -265,19 +283,18 @@ def describe(corpus: Corpus) -> str:
 
 def _cache_name(config: DataConfig) -> str:
     """Names everything that decides the tokens, without reading the text."""
-    identity: list[Any] = [config.source, config.n_docs, config.text_field, config.tokenizer]
-    remote = config.source == "fineweb" or config.source.startswith("hf:")
-    if config.source == "pydocs":
-        identity.append(platform.python_version())
-    elif not remote:
-        try:
+    fields = "source n_docs text_field separator tokenizer"
+    identity: list[Any] = [getattr(config, field) for field in fields.split()]
+    is_named = config.source in SOURCES or config.source.startswith("hf:")
+    if is_named:
+        identity += [config.subset, getattr(SOURCES.get(config.source), "version", "")]
+    else:
+        with disk_errors("data.source", config.source, "name another"):
             for path in _files(config.source):
                 status = path.stat()
                 identity.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-        except OSError as error:
-            raise UserError(f"data.source={config.source!r}: {error.strerror}") from None
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    stem = Path(config.source).stem if not remote else config.source.replace("/", "-")
+    stem = config.source.replace("/", "-") if is_named else Path(config.source).stem
     return f"{stem.replace(':', '-')}-{digest}"
 
 
@@ -299,11 +316,11 @@ def _is_cached(folder: Path) -> bool:
     """Whether the folder holds a whole corpus; a damaged one is announced and removed."""
     if not folder.exists():
         return False
-    whole = is_whole(folder)
-    if not whole:
-        print(f"the cached tokens in {folder} are damaged: building them again", file=sys.stderr)
-        shutil.rmtree(folder, ignore_errors=True)
-    return whole
+    if is_whole(folder):
+        return True
+    print(f"the cached tokens in {folder} are damaged: building them again", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _build(config: DataConfig, encoding: tiktoken.Encoding, folder: Path) -> None:
@@ -331,22 +348,24 @@ def _remove_stale(cache: Path) -> None:
 
 def _write_tokens(config: DataConfig, encoding: tiktoken.Encoding, path: Path) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
+    ends = config.separator == "end_of_text"
+    separator, end = (tokenizer.END_OF_TEXT, [encoding.eot_token]) if ends else ("", [])
     text_sha256, tokens_sha256 = hashlib.sha256(), hashlib.sha256()
     is_seen_V = np.zeros(encoding.n_vocab, bool)
     n_documents = n_tokens = n_characters = 0
-    rate = ""
-    seconds = 0.0
+    seconds, rate = 0.0, ""
     with open(path, "wb") as file, _progress() as progress:
         task = progress.add_task("tokenizing", total=config.n_docs or None, rate="")
-        for batch in _batched(documents(config)):
+        texts = documents(config)
+        while batch := list(itertools.islice(texts, _BATCH_DOCS)):
             for text in batch:
                 text_sha256.update(_utf8(text, n_documents, config))
-                text_sha256.update(tokenizer.END_OF_TEXT.encode())
+                text_sha256.update(separator.encode())
                 n_documents, n_characters = n_documents + 1, n_characters + len(text)
             start = time.monotonic()
             ids = encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1)
             seconds += time.monotonic() - start
-            array = np.concatenate([np.array([*doc, encoding.eot_token], dtype) for doc in ids])
+            array = np.concatenate([np.array([*doc, *end], dtype) for doc in ids])
             is_seen_V[array] = True
             tokens_sha256.update(array.data)
             file.write(array.data)
@@ -358,6 +377,7 @@ def _write_tokens(config: DataConfig, encoding: tiktoken.Encoding, path: Path) -
     print(f"tokenized {n_documents:,} documents, {n_tokens:,} tokens at {rate}", file=sys.stderr)
     return {
         "source": config.source,
+        "separator": config.separator,
         "tokenizer": config.tokenizer,
         "documents": n_documents,
         "tokens": n_tokens,
@@ -372,14 +392,8 @@ def _utf8(text: str, index: int, config: DataConfig) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"data.source={config.source!r}: document {index} cannot be written as UTF-8; mend it"
-        ) from None
-
-
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(itertools.islice(texts, _BATCH_DOCS)):
-        yield batch
+        what = f"document {index} cannot be written as UTF-8; fix it"
+        raise UserError(f"data.source={config.source!r}: {what}") from None
 
 
 def _progress() -> rich.progress.Progress:
@@ -394,9 +408,6 @@ def _progress() -> rich.progress.Progress:
     )
 
 
-# ---- tokens -> batches --------------------------------------------------------------------------
-
-
 def _split(tokens_T: np.ndarray, manifest: dict[str, Any], config: TrainConfig) -> Corpus:
     n_test = int(len(tokens_T) * config.data.test_fraction)
     n_train = len(tokens_T) - n_test
@@ -409,43 +420,3 @@ def _split(tokens_T: np.ndarray, manifest: dict[str, Any], config: TrainConfig) 
                 "model.seq_len"
             )
     return Corpus(tokens_T, n_train, manifest)
-
-
-def train_batch(corpus: Corpus, config: TrainConfig, step: int) -> np.ndarray:
-    """The global batch of `step`: windows [B, L + 1]; inputs `[:, :-1]`, targets `[:, 1:]`.
-
-    A pure function of (seed, step), so resuming needs no iterator state.
-    """
-    sampler = _random_starts if config.data.sampling == "random" else _epoch_starts
-    return _windows(corpus, config, sampler(corpus, config, step))
-
-
-def test_batches(corpus: Corpus, config: TrainConfig) -> np.ndarray:
-    """The fixed test windows [eval_batches, B, L + 1], evenly spaced, the same for every seed."""
-    last = len(corpus.tokens_T) - (config.model.seq_len + 1)
-    n_windows = config.eval_batches * config.batch_size
-    starts = np.linspace(corpus.n_train, last, n_windows).astype(np.int64)
-    return _windows(corpus, config, starts).reshape(config.eval_batches, config.batch_size, -1)
-
-
-def _windows(corpus: Corpus, config: TrainConfig, starts_B: np.ndarray) -> np.ndarray:
-    return corpus.tokens_T[starts_B[:, None] + np.arange(config.model.seq_len + 1)].astype(np.int32)
-
-
-def _random_starts(corpus: Corpus, config: TrainConfig, step: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
-    return generator.integers(0, corpus.n_train - config.model.seq_len, config.batch_size)
-
-
-def _epoch_starts(corpus: Corpus, config: TrainConfig, step: int) -> np.ndarray:
-    n_windows = (corpus.n_train - 1) // config.model.seq_len
-    places_B = step * config.batch_size + np.arange(config.batch_size)
-    epochs_B, offsets_B = np.divmod(places_B, n_windows)
-    orders = {epoch: _epoch_order(config.seed, epoch, n_windows) for epoch in set(epochs_B)}
-    windows = [orders[epoch][offset] for epoch, offset in zip(epochs_B, offsets_B, strict=True)]
-    return np.array(windows) * config.model.seq_len
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, n_windows: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_windows)

@@ -1,0 +1,256 @@
+"""Renders the tables of README.md and docs/ from docstrings and the committed JSON.
+
+    python docs/render.py
+
+A table stands between `<!-- rendered: NAME ARGUMENTS -->` and `<!-- end -->`; `TABLES` has the
+names. tests/test_docs.py fails where a page and its sources differ.
+"""
+
+import ast
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+REGION = re.compile(r"(<!-- rendered: ([^\n]+?) -->\n).*?(<!-- end -->)", re.S)
+
+
+def pages() -> Iterator[Path]:
+    yield ROOT / "README.md"
+    yield from sorted((ROOT / "docs").rglob("*.md"))
+
+
+def rendered(text: str) -> str:
+    """The page with every table made anew."""
+
+    def table(match: re.Match) -> str:
+        name, *arguments = match[2].split()
+        return f"{match[1]}\n{TABLES[name](*arguments)}\n\n{match[3]}"
+
+    return REGION.sub(table, text)
+
+
+def main() -> None:
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        if (new := rendered(text)) != text:
+            path.write_text(new, encoding="utf-8")
+            print(f"rendered: {path.relative_to(ROOT)}")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def read(path: str) -> Any:
+    return json.loads((ROOT / "docs" / path).read_text(encoding="utf-8"))
+
+
+# ---- the map of the files -----------------------------------------------------------------------
+
+
+def sentence(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(doc.split("\n\n")[0].split()).rstrip(".")
+
+
+def reading_order() -> tuple[list[str], list[str]]:
+    """The files of the spine and those around it, as jax_model5/__init__.py names them."""
+    doc = ast.get_docstring(ast.parse((ROOT / "jax_model5/__init__.py").read_text())) or ""
+    blocks = [block for block in doc.split("\n\n") if block.startswith("    ")]
+    spine, around = (block.split() for block in blocks)
+    return spine, around
+
+
+def files_of(folder: str, names: Sequence[str]) -> Iterator[Path]:
+    for name in names:
+        path = ROOT / folder / name
+        yield from sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def file_map(folder: str) -> str:
+    """A row for each file: jax_model5 in its reading order, the other folders by name."""
+    if folder == "jax_model5":
+        paths = [path for part in reading_order() for path in files_of(folder, part)]
+    else:
+        paths = sorted((ROOT / folder).rglob("*.py"))
+    skipped = ("__init__.py", "conftest.py")
+    rows = [
+        [f"`{path.relative_to(ROOT)}`", sentence(path)]
+        for path in paths
+        if path.name not in skipped
+    ]
+    return markdown(["file", "what it is"], rows)
+
+
+# ---- benchmarks ---------------------------------------------------------------------------------
+
+
+def ratio_cell(name: str, ours: str, theirs: str) -> str:
+    """Median and range over the rounds of the first ratio that fits; bold from 1 on."""
+    for r in read(f"benchmarks/{name}.json")["ratios"]:
+        if r["ours"].endswith(ours) and re.search(theirs, r["theirs"]):
+            median = f"{r['median']:.2f}"
+            shown = f"**{median}**" if r["median"] >= 1 else median
+            return f"{shown} ({r['min']:.2f}–{r['max']:.2f})"
+    return "not measured"
+
+
+# Words; then for each machine the run, our dtype, and the peer.
+RESULTS = [
+    ("`model5` (12 layers, width 768, batch 4 × 256), final token", "model5_final_token"),
+    ("`small` (4 layers, width 128, batch 16 × 256), final token", "small_final_token"),
+]
+PEERS = [
+    ("tuned PyTorch, the faster dtype of each", "tuned .*bfloat16"),
+    ("tuned PyTorch, float32", "tuned .*float32"),
+    ("the course's PyTorch", "course float32"),
+]
+MACHINES = {"": "AMD EPYC", "_busy": "the same, busy", "_intel": "Intel Xeon"}
+
+
+def results() -> str:
+    """How many times faster our step is, the strongest peer first."""
+    rows = [
+        [work, words]
+        + [ratio_cell(f"{case}_float32_bfloat16{machine}", "float32", peer) for machine in MACHINES]
+        for words, peer in PEERS
+        for work, case in RESULTS
+    ]
+    return markdown(["one optimizer step", "against", *MACHINES.values()], rows)
+
+
+def programs(name: str) -> str:
+    """Times, rates and memory of each program of a run."""
+    head = ["program", "step [quartiles]", "eval", "first step, cold / warm"]
+    head += ["tokens/s", "targets/s", "peak memory", "of matmul"]
+    rows = []
+    for p in read(f"benchmarks/{name}.json")["programs"]:
+        step, cold = p["step"], p.get("first_step_cold_s")
+        start = f"{cold:.1f} / {p['first_step_s']:.1f} s" if cold else f"{p['first_step_s']:.1f} s"
+        share = f"{p['of_matmul']:.0%}" if "of_matmul" in p else "–"
+        rows.append(
+            [
+                p["name"],
+                f"{step['median']:.3g} s [{step['q1']:.3g}, {step['q3']:.3g}]",
+                f"{p['eval']['median']:.2f} s",
+                start,
+                f"{p['tokens_per_s']:,.0f}",
+                f"{p['targets_per_s']:,.0f}",
+                f"{p['peak_bytes'] / 2**30:.2f} GiB",
+                share,
+            ]
+        )
+    return markdown(head, rows)
+
+
+def generation(name: str) -> str:
+    rows = [
+        [
+            p["name"],
+            f"{p['seconds']['median']:.3g} s [{p['seconds']['q1']:.3g}, {p['seconds']['q3']:.3g}]",
+            f"{p['tokens_per_s']:.1f}",
+        ]
+        for p in read(f"benchmarks/{name}.json")["programs"]
+    ]
+    return markdown(["program", "a text [quartiles]", "tokens/s"], rows)
+
+
+def sweep(name: str) -> str:
+    """Measured and predicted seconds of each point."""
+    result = read(f"benchmarks/{name}.json")
+    head = [result["sweep"], "measured step", "predicted", "measured / predicted", "peak memory"]
+    rows = []
+    for point in result["points"]:
+        measured, predicted = point["step"]["median"], point["predicted_s"]
+        times = [f"{measured:.3g} s", f"{predicted:.3g} s", f"{measured / predicted:.1f}"]
+        rows.append([str(point["value"]), *times, f"{point['peak_bytes'] / 2**30:.2f} GiB"])
+    return markdown(head, rows)
+
+
+# ---- parity -------------------------------------------------------------------------------------
+
+
+def rungs() -> str:
+    rows = [
+        [r["rung"], r["dtype"], f"{r['error']:.1e}", f"{r['tolerance']:.1e}", r["where"]]
+        for r in read("parity.json")["rungs"]
+    ]
+    return markdown(["rung", "dtype", "worst error", "tolerance", "where"], rows)
+
+
+def faults() -> str:
+    rows = [
+        [f["fault"], f["side"], f["operation"], f["cause"]] for f in read("parity.json")["faults"]
+    ]
+    return markdown(["fault", "planted in", "operation named", "cause named"], rows)
+
+
+# ---- experiments --------------------------------------------------------------------------------
+
+
+def mean_and_spread(values: Sequence[float], spec: str) -> str:
+    return f"{statistics.fmean(values):{spec}} ± {statistics.stdev(values):{spec}}"
+
+
+def tying() -> str:
+    """Losses and tables after training, of each tying and objective."""
+    head = ["objective", "head", "parameters that AdamW updates", "test NLL, final token"]
+    head += ["test NLL, all tokens", "distance of the two tables"]
+    rows = []
+    for row in read("experiments/tying.json")["rows"]:
+        numbers = [f"{row['parameters']:,}"]
+        for key in ("final_token_nll", "all_token_nll", "distance"):
+            numbers.append(mean_and_spread(row[key], ".3f"))
+        rows.append([row["objective"].replace("_", " "), row["tying"], *numbers])
+    return markdown(head, rows)
+
+
+COMPARED = [
+    ("test NLL, final token [nats]", "final_token_nll", ".3f"),
+    ("test NLL, all tokens [nats]", "all_token_nll", ".3f"),
+    ("standard deviation of the training loss [nats]", "train_std", ".3f"),
+    ("steps to the all-token NLL that every run reaches", "steps_to_all_token_nll", ".0f"),
+    ("FLOPs to it", "flops_to_all_token_nll", ".2g"),
+]
+
+
+def compared(*names: str) -> str:
+    """Figures of the configs of one comparison, or of several beside each other."""
+    results_ = {name: read(f"experiments/{name}.json") for name in names}
+    columns = [(name, config) for name, result in results_.items() for config in result["summary"]]
+    gelu = {name: _gelu(result) for name, result in results_.items()}
+    head = ["", *(f"{config.replace('_', ' ')}, {gelu[name]}" for name, config in columns)]
+    rows = []
+    for words, key, spec in COMPARED:
+        cells = []
+        for name, config in columns:
+            value = results_[name]["summary"][config][key]
+            cells.append(f"{value['mean']:{spec}} ± {value['std']:{spec}}")
+        rows.append([words, *cells])
+    return markdown(head, rows)
+
+
+def _gelu(result: dict[str, Any]) -> str:
+    return "/".join(sorted({config["model"]["gelu"] for config in result["configs"].values()}))
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "map": file_map,
+    "results": results,
+    "programs": programs,
+    "generation": generation,
+    "sweep": sweep,
+    "rungs": rungs,
+    "faults": faults,
+    "tying": tying,
+    "compared": compared,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""How a command ends on bad input, a full disk, a closed terminal: one line and an exit code."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn, TextIO
+
+
+class UserError(Exception):
+    """Bad input. The message is the one line that names the field, the value and the fix."""
+
+
+def require(holds: bool, field: str, value: object, fix: str) -> None:
+    """Raises UserError where it does not hold."""
+    if not holds:
+        raise UserError(f"{field}={value!r}: {fix}")
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A whole command: bad input ends it with one line on standard error and exit code 2.
+
+    Only a command silences the libraries for good: what fails is raised, and what their callbacks
+    and background tasks report is the same news again.
+    """
+    sys.unraisablehook = lambda _: None
+    for source in ("absl", "asyncio"):
+        logging.getLogger(source).setLevel(logging.CRITICAL)
+    try:
+        yield
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read our output has enough (`| head`)
+        give_up(sys.stdout)
+        raise SystemExit(141) from None
+
+
+def give_up(stream: TextIO) -> None:
+    """What is written from here on is for nobody: the pipe is closed, or the terminal is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def disk_errors(field: str, value: object, fix: str) -> Iterator[None]:
+    """A full disk, a missing folder, a forbidden file as a `UserError` of this field."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{field}={value!r}: {error.strerror or error}; {fix}") from None
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Options of a command beside a run's config; bad ones raise `UserError`."""
+
+    def __init__(self, **fields: Any):
+        super().__init__(**fields, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def require_at_least_1(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        require(getattr(options, name) >= 1, name, getattr(options, name), "must be at least 1")

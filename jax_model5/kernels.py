@@ -1,0 +1,141 @@
+"""Products, dropout masks and causal attention in the form that XLA runs fast.
+
+Each is equal to its plain form, which its docstring states (tests/test_kernels.py).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Drop = Callable[[jax.Array], jax.Array]
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype of parameters, softmax and loss when the model computes in `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, [..., I] by [I, O], with a backward pass in which nothing is transposed.
+
+    JAX's own gives the kernel's gradient as (g^T x)^T, and XLA on a CPU then writes g^T to memory.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    # One leading axis: with two, XLA transposes again.
+    x_MxI, g_MxO = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return g @ kernel.T, jnp.einsum("mi,mo->io", x_MxI, g_MxO)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def matmul_transposed(x_BxNxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """`x @ table.T`, x_BxNxV, accumulated and kept in at least float32."""
+    B, N, D = x_BxNxD.shape
+    # One leading axis, for the sake of the table's gradient: see `matmul`.
+    logits_MxV = jnp.einsum(
+        "md,vd->mv",
+        x_BxNxD.reshape(-1, D),
+        table_VxD.astype(x_BxNxD.dtype),
+        preferred_element_type=at_least_float32(x_BxNxD.dtype),
+    )
+    return logits_MxV.reshape(B, N, -1)
+
+
+# ---- dropout masks ------------------------------------------------------------------------------
+
+
+def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """`jax.random.bits(key, shape) >= rate * 2**32`: True with probability 1 - rate, to 2**-32.
+
+    A function of the key and each index. Of a threefry key the bits are those of `threefry2x32`.
+    """
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        bits = threefry2x32(jax.random.key_data(key), shape)
+    else:
+        bits = jax.random.bits(key, shape, jnp.uint32)
+    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for all of its uses
+def threefry2x32(key_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """First word of Threefry-2x32-20 on the counter (index on axis 0, index on the other axes).
+
+    The plain form is `jax.extend.random.threefry_2x32` on those counters (Salmon et al. 2011,
+    "Parallel random numbers: as easy as 1, 2, 3"). One expression without memory of its own: XLA
+    fuses it into the use of the mask, so that a mask is cheaper to compute again than to store.
+    `jax.random.bits` makes several passes over memory on a CPU.
+    """
+    keys = (key_2[0], key_2[1], key_2[0] ^ key_2[1] ^ jnp.uint32(0x1BD11BDA))
+    iotas = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+    x = iotas[0] + keys[0]
+    rest = jnp.zeros_like(x)
+    for size, iota in zip(shape[1:], iotas[1:], strict=True):
+        rest = rest * jnp.uint32(size) + iota
+    y = rest + keys[1]
+    for i in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x = x + y
+            y = x ^ (y << jnp.uint32(rotation) | y >> jnp.uint32(32 - rotation))
+        x = x + keys[(i + 1) % 3]
+        y = y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def causal_attention(
+    q_BxHxNxK: jax.Array, k_BxHxLxK: jax.Array, v_BxHxLxK: jax.Array, drop: Drop
+) -> jax.Array:
+    """`attend` on all N queries at once, y_BxHxNxK, in two halves.
+
+    The first half of the queries never sees the keys after it. `drop` is called once a half.
+    """
+    N, L = q_BxHxNxK.shape[2], k_BxHxLxK.shape[2]
+    halves = [(0, N // 2), (N // 2, N)] if N > 1 else [(0, 1)]
+    parts = [
+        attend(q_BxHxNxK[:, :, i:j], k_BxHxLxK[:, :, :end], v_BxHxLxK[:, :, :end], drop)
+        for i, j in halves
+        for end in [L - N + j]
+    ]
+    return jnp.concatenate(parts, axis=2)
+
+
+def attend(
+    q_BxHxNxK: jax.Array, k_BxHxLxK: jax.Array, v_BxHxLxK: jax.Array, drop: Drop
+) -> jax.Array:
+    """Causal attention whose N queries are the last of the L positions."""
+    N, L = q_BxHxNxK.shape[2], k_BxHxLxK.shape[2]
+    is_past_NxL = jnp.arange(L) <= jnp.arange(L - N, L)[:, None]
+    return masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_NxL, drop)
+
+
+def masked_attention(
+    q_BxHxNxK: jax.Array,
+    k_BxHxLxK: jax.Array,
+    v_BxHxLxK: jax.Array,
+    is_past: jax.Array,
+    drop: Drop,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(B, 1,) N, L] lets a query see."""
+    scores_BxHxNxL = q_BxHxNxK @ k_BxHxLxK.swapaxes(2, 3) / math.sqrt(q_BxHxNxK.shape[-1])
+    scores_BxHxNxL = jnp.where(is_past, scores_BxHxNxL, -jnp.inf)
+    weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(scores_BxHxNxL.dtype)))
+    return drop(weights_BxHxNxL.astype(v_BxHxLxK.dtype)) @ v_BxHxLxK

@@ -1,0 +1,175 @@
+"""A run is its folder: the lock on it, its files, what is finished in it, the words about it."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import math
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_model5 import batches, record, startup, tokenizer
+from jax_model5.checkpoint import Checkpoints, read_params
+from jax_model5.config import TrainConfig, to_yaml
+from jax_model5.corpus import Corpus, describe
+from jax_model5.errors import UserError, disk_errors
+from jax_model5.generate import Sampling, generate, text_of
+from jax_model5.optimizer import split_frozen
+from jax_model5.programs import Programs
+from jax_model5.step import TrainState
+from jax_model5.trees import n_elements, split
+
+# What is sampled at the end: the course's prompt at its temperature (lessons 013 and 018), a cooler
+# one, and a test window. Only the window is full, so that each token comes from the last position.
+PROMPT, TEMPERATURES = "I went on holiday to Liliput and", (1.1, 0.7)
+_SAMPLE_TOKENS, _SHOWN_TOKENS = 100, 30
+
+
+class RunFolder:
+    """The workdir of one run, by its config."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.path = Path(config.workdir).expanduser()
+        self.log_path = self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """The folder for this run alone: a lock on the folder itself leaves no file behind.
+
+        Raises:
+          UserError: it cannot be written, or another run holds it.
+        """
+        workdir = self.config.workdir
+        with disk_errors("workdir", workdir, "name a folder that can be written"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        try:
+            if startup.is_first_process():
+                _lock(folder, workdir)
+            yield
+        finally:
+            os.close(folder)
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints; makes their folder."""
+        return Checkpoints(self.path / "checkpoints", self.config.keep)
+
+    def given_params(self, programs: Programs) -> dict:
+        """The leaves that `init_from` gives a run which has not saved anything yet.
+
+        Raises:
+          UserError: whatever `read_params` raises, or `init_leaves` matches nothing.
+        """
+        saved = (self.path / "checkpoints").glob("*")
+        if not self.config.init_from or any(path.name.isdigit() for path in saved):
+            return {}
+        params = programs.abstract_state.params
+        wanted, _ = split(params, self.config.init_leaves, "init_leaves")
+        return read_params(self.config.init_from, wanted, "init_from")
+
+    def open_log(self, step: int | None) -> list[record.Sink]:
+        """Writes config.yaml and opens the log behind `step`."""
+        record.replace_text(self.path / "config.yaml", to_yaml(self.config))
+        return [record.MetricsLog(self.log_path, step)]
+
+    # ---- results --------------------------------------------------------------------------------
+
+    def is_finished(self, step: int) -> bool:
+        """Whether the run is at its end and its results are written: samples.txt is the last."""
+        samples = self.path / "samples.txt"
+        if step < self.config.steps or not samples.exists():
+            return False
+        return samples.read_text(encoding="utf-8").startswith(f"# step {step}\n")
+
+    def write_results(self, corpus: Corpus, programs: Programs, state: TrainState) -> None:
+        """loss.png and samples.txt, whose text is also shown."""
+        text = self._sample(corpus, programs, state)
+        if startup.is_first_process():
+            config, records = self.config, record.read(self.log_path)
+            path = self.path / "loss.png"
+            record.plot(records, config.model.vocab_size, config.test_metric, path)
+            record.replace_text(self.path / "samples.txt", text)
+        record.say(text)
+
+    def _sample(self, corpus: Corpus, programs: Programs, state: TrainState) -> str:
+        encoding = tokenizer.load(self.config.data.tokenizer)
+        window_L = batches.test_batches(corpus, self.config)[0, 0, 1:].tolist()
+        parts = [f"# step {int(state.step)}\n"]
+        for temperature in TEMPERATURES:
+            for index, prompt in enumerate((encoding.encode_ordinary(PROMPT), window_L)):
+                tokens = generate(
+                    state.params,
+                    [prompt],
+                    jax.random.fold_in(programs.key, index),
+                    config=self.config.model,
+                    sampling=Sampling(temperature),
+                    n_tokens=_SAMPLE_TOKENS,
+                )
+                shown = text_of(prompt[-_SHOWN_TOKENS:], encoding)
+                text = text_of(np.concatenate(list(tokens)), encoding)
+                parts.append(f"--- temperature {temperature}: {shown!r} continues\n{text}\n")
+        return "\n".join(parts)
+
+    # ---- words ----------------------------------------------------------------------------------
+
+    def introduction(self, corpus: Corpus, programs: Programs, start: int, given: dict) -> str:
+        config, params = self.config, programs.abstract_state.params
+        lines = [
+            describe(corpus),
+            f"{n_elements(params):,} parameters, {config.objective}, {config.model.dtype}, "
+            f"{programs.mesh.size} x {jax.devices()[0].device_kind}; a uniform guess is ln V = "
+            f"{math.log(config.model.vocab_size):.2f} nats",
+        ]
+        if given:
+            lines.append(f"{n_elements(given):,} of them are from {config.init_from}")
+        if config.optimizer.freeze:
+            frozen = n_elements(split_frozen(params, config.optimizer)[1])
+            lines.append(f"{frozen:,} of them are frozen: {' '.join(config.optimizer.freeze)}")
+        if start:
+            lines.append(f"resuming {config.workdir} at step {start}")
+        return "\n".join(lines)
+
+    def resume_command(self) -> str:
+        path = shlex.quote(str(Path(self.config.workdir) / "config.yaml"))
+        return f"python -m jax_model5.train --config {path}"
+
+    def finished(self, step: int) -> str:
+        longer = f"to go on longer:\n  {self.resume_command()} --steps {2 * step}"
+        schedule = self.config.optimizer.schedule
+        if schedule != "constant":
+            longer = f"its {schedule} schedule ends here: train longer in a new workdir"
+        return (
+            f"finished at step {step}: {self.config.workdir}/ holds loss.png, samples.txt, "
+            f"metrics.jsonl, config.yaml and checkpoints/; {longer}"
+        )
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run is writing into the folder: it holds a lock on it."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(opened)
+    return False
+
+
+def _lock(folder: int, workdir: str) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"workdir={workdir!r}: another run is writing into it; wait for its end, or name "
+            "another folder"
+        ) from None
