@@ -29,9 +29,7 @@ from jax_model5.errors import UserError, disk_errors, require
 
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FINEWEB, FINEWEB_SUBSET, FINEWEB_DOCS = "HuggingFaceFW/fineweb", "sample-10BT", 1000
-_RETRIES = 4
-_BATCH_DOCS = 512
-_STALE_SECONDS = 86400
+_RETRIES, _BATCH_DOCS, _STALE_SECONDS = 4, 512, 86400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +88,8 @@ def _files(source: str) -> list[Path]:
         return paths
     fix = "no such file or folder; use pydocs, fineweb, hf:OWNER/NAME or the path of one"
     require(root.exists(), "data.source", source, fix)
-    is_known = root.suffix in SUFFIXES
-    require(is_known, "data.source", source, f"not a known kind of file; use {kinds}")
+    fix = f"not a known kind of file; use {kinds}"
+    require(root.suffix in SUFFIXES, "data.source", source, fix)
     return [root]
 
 
@@ -137,9 +135,8 @@ def _parquet_rows(file: BinaryIO, config: DataConfig) -> Iterator[dict[str, Any]
     """
     import pyarrow.parquet
 
-    parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-    is_there = config.text_field in parquet.schema_arrow.names
-    columns = [config.text_field] if is_there else None
+    parquet, field = pyarrow.parquet.ParquetFile(file, pre_buffer=False), config.text_field
+    columns = [field] if field in parquet.schema_arrow.names else None
     for batch in parquet.iter_batches(_BATCH_DOCS, columns=columns, use_threads=False):
         yield from batch.to_pylist()
 

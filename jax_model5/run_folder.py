@@ -24,9 +24,9 @@ from jax_model5.programs import Programs
 from jax_model5.step import TrainState
 from jax_model5.trees import n_elements, split
 
-# What is sampled at the end: the course's prompt at its temperature (lessons 013 and 018), a cooler
-# one, and a test window. Only the window is full, so that each token comes from the last position.
-PROMPT, TEMPERATURES = "I went on holiday to Liliput and", (1.1, 0.7)
+# What is sampled at the end: the course's prompt at its temperature (lessons 013 and 018) and at a
+# cooler one; then a test window, which alone is full: each token comes from the last position.
+PROMPT, TEMPERATURE, COOLER = "I went on holiday to Liliput and", 1.1, 0.7
 _SAMPLE_TOKENS, _SHOWN_TOKENS = 100, 30
 
 
@@ -103,20 +103,20 @@ class RunFolder:
     def _sample(self, corpus: Corpus, programs: Programs, state: TrainState) -> str:
         encoding = tokenizer.load(self.config.data.tokenizer)
         window_L = batches.test_batches(corpus, self.config)[0, 0, 1:].tolist()
+        prompt = encoding.encode_ordinary(PROMPT)
         parts = [f"# step {int(state.step)}\n"]
-        for temperature in TEMPERATURES:
-            for index, prompt in enumerate((encoding.encode_ordinary(PROMPT), window_L)):
-                tokens = generate(
-                    state.params,
-                    [prompt],
-                    jax.random.fold_in(programs.key, index),
-                    config=self.config.model,
-                    sampling=Sampling(temperature),
-                    n_tokens=_SAMPLE_TOKENS,
-                )
-                shown = text_of(prompt[-_SHOWN_TOKENS:], encoding)
-                text = text_of(np.concatenate(list(tokens)), encoding)
-                parts.append(f"--- temperature {temperature}: {shown!r} continues\n{text}\n")
+        for start, temperature in ((prompt, TEMPERATURE), (prompt, COOLER), (window_L, COOLER)):
+            tokens = generate(
+                state.params,
+                [start],
+                programs.key,
+                config=self.config.model,
+                sampling=Sampling(temperature),
+                n_tokens=_SAMPLE_TOKENS,
+            )
+            shown = text_of(start[-_SHOWN_TOKENS:], encoding)
+            text = text_of(np.concatenate(list(tokens)), encoding)
+            parts.append(f"--- temperature {temperature}: {shown!r} continues\n{text}\n")
         return "\n".join(parts)
 
     # ---- words ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jax_model5.bench import __main__ as bench
 from jax_model5.bench import cases, measure, peers, rounds
 from jax_model5.config import TrainConfig, to_yaml
 from jax_model5.errors import UserError
-from tests.tiny import run, tiny
+from tests.tiny import run, tiny, with_model
 
 # A program of made-up times: it speaks the protocol and writes down when it was asked.
 MADE_UP = """
@@ -214,14 +214,24 @@ def test_no_device_is_one_line(monkeypatch):
 
 
 def test_runs_of_other_knobs_have_other_names():
-    options = bench.parse_args("--case model5 --dtype bfloat16 --remat full".split())
+    options = bench.parse_args("--case model5 --dtype bfloat16 --gelu tanh --remat full".split())
     name = bench.file_name(options, cases.case("model5", "cpu"))
-    assert name == "model5_final_token_bfloat16_remat_full"
+    assert name == "model5_final_token_bfloat16_gelu_tanh_remat_full"
+    model = bench.configure(options, "cpu").model
+    assert (model.dtype, model.gelu, model.remat) == ("bfloat16", "tanh", "full")
 
 
-def test_peers_need_the_same_weights_to_compare_losses(tmp_path, text_file):
+def test_a_program_that_died_between_turns_is_told():
+    child = program("x", "print('{}', flush=True); raise OSError('boom')")
+    child._process.wait()
+    with pytest.raises(UserError, match="boom"):
+        child.ask("step", 1)
+
+
+@pytest.mark.parametrize("variant", [{}, {"gelu": "tanh", "tied_head": False}], ids=str)
+def test_peers_need_the_same_weights_to_compare_losses(variant, tmp_path, text_file):
     """PyTorch at the weights that our side wrote has our loss; at other weights it has not."""
-    config = tiny(tmp_path, text_file, objective="last_k", last_k=3)
+    config = with_model(tiny(tmp_path, text_file, objective="last_k", last_k=3), **variant)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     weights = str(tmp_path / "weights.npz")

@@ -57,6 +57,19 @@ def test_documents_are_joined_with_end_of_text(tmp_path):
     assert counts["unique_tokens"] == len(set(tokens.tokens_T.tolist()))
 
 
+def test_without_a_separator_documents_are_joined_by_nothing(tmp_path):
+    """As the course joins them: encoded one by one, no end of text between them."""
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "first"}, {"text": "second"}]))
+    config = tiny(tmp_path, tmp_path / "rows.json")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=1))
+    plain = dataclasses.replace(config, data=dataclasses.replace(config.data, separator="none"))
+    joined = corpus.load_corpus(plain)
+    assert bytes(joined.tokens_T.tolist()) == b"firstsecond"
+    assert joined.manifest["separator"] == "none"
+    assert (joined.manifest["documents"], joined.manifest["tokens"]) == (2, 11)
+    assert corpus.load_corpus(config).manifest["tokens"] == 13  # another corpus of the same source
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "folder", "[1]*.jsonl"])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix):
     import pandas

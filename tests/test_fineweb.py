@@ -143,6 +143,15 @@ def test_documents_in_order_across_files(hub: FakeHub, evaluate: Callable[..., A
     assert evaluate(hub.url, _documents()) == TEXTS[:N_DOCS]
 
 
+def test_another_subset_is_another_config(hub: FakeHub, evaluate: Callable[..., Any]) -> None:
+    """The course reads the data set's own first files, `default`; a plain `fineweb` does not."""
+    assert evaluate(hub.url, _documents(subset="default")) == ["of another config"]
+    same = {"source": "hf:HuggingFaceFW/fineweb", "subset": "sample-10BT"}
+    assert evaluate(hub.url, _documents(**same)) == TEXTS[:N_DOCS]
+    message = _one_line(evaluate(hub.url, _documents(subset="none-such")))
+    assert "none-such" in message
+
+
 # The hub's client asks for a range of a file up to six times before our retry sees a failure.
 OUTAGE = {f"/storage/{SECOND}": ["ok"] * 3 + ["503"] * 6}
 # A link that has expired is not asked for again: our retry sees it at once.

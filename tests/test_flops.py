@@ -21,6 +21,8 @@ CONFIGS = {
     "final_token": BASE,
     "last_k": dataclasses.replace(BASE, objective="last_k", last_k=7),
     "all_tokens": dataclasses.replace(BASE, objective="all_tokens"),
+    "untied": dataclasses.replace(BASE, model=dataclasses.replace(MODEL, tied_head=False)),
+    "tanh": dataclasses.replace(BASE, model=dataclasses.replace(MODEL, gelu="tanh")),
     "one layer": dataclasses.replace(BASE, model=dataclasses.replace(MODEL, n_layers=1)),
     "long": dataclasses.replace(BASE, model=dataclasses.replace(MODEL, seq_len=512)),
 }

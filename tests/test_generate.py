@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import generate, model, step, train
+from jax_model5 import generate, model, step, tokenizer, train
 from jax_model5.config import TrainConfig
 from jax_model5.errors import UserError
 from jax_model5.generate import Sampling
@@ -23,7 +23,10 @@ PROMPTS = [[1, 2, 3], [200], list(range(40, 52))]  # of three lengths; the windo
 @functools.cache
 def params_of(config=MODEL):
     state = step.init_state(jax.random.key(0), config=TrainConfig(model=config))
-    return jax.tree.map(lambda leaf: leaf * 10, state.params)  # far from uniform
+    params = jax.tree.map(lambda leaf: leaf * 10, state.params)  # far from uniform
+    if not config.tied_head:
+        params["head"] = params["head"][::-1]
+    return params
 
 
 @pytest.fixture
@@ -53,28 +56,32 @@ def re_forward(prompts, n_tokens, config=MODEL):
     return np.array([row[-n_tokens:] for row in rows])
 
 
-def cached_error(shift=0):
+VARIANTS = [FLOAT64, dataclasses.replace(FLOAT64, gelu="tanh", tied_head=False)]
+
+
+def cached_error(shift=0, config=FLOAT64):
     """Distance of cached logits from those of one forward pass; `shift` misplaces the tokens."""
-    extend = jax.jit(functools.partial(generate.extend, config=FLOAT64))
-    params, unstacked = params_of(FLOAT64), generate.unstack(params_of(FLOAT64))
+    extend = jax.jit(functools.partial(generate.extend, config=config))
+    params, unstacked = params_of(config), generate.unstack(params_of(config))
     rows, tokens = np.arange(2), np.random.default_rng(0).integers(0, 257, (2, 16))
-    apply = functools.partial(model.Model5(FLOAT64).apply, n_last=16, deterministic=True)
+    apply = functools.partial(model.Model5(config).apply, n_last=16, deterministic=True)
     full = jax.jit(apply)({"params": params}, tokens)
     errors = []
     # Nine tokens at once, of which the second row's last two are padding; then one by one.
-    _, cache = extend(unstacked, [{}] * FLOAT64.n_layers, tokens[:, :9], np.zeros(2, int))
+    _, cache = extend(unstacked, [{}] * config.n_layers, tokens[:, :9], np.zeros(2, int))
     for position in range(9, 16):
         start = np.array([position, position - 2])
         x, cache = extend(unstacked, cache, tokens[rows, start][:, None], start + shift)
-        logits = generate.logits(unstacked, x, FLOAT64)
+        logits = generate.logits(unstacked, x, config)
         errors.append(np.abs(logits - full[rows, start]).max())
     return max(errors) / np.abs(full).max()
 
 
 @pytest.mark.usefixtures("float64")
-def test_cached_logits_are_those_of_a_forward_pass():
-    assert cached_error() < 1e-12
-    assert cached_error(shift=-1) > 1e-3, "a misplaced key was not seen"
+@pytest.mark.parametrize("config", VARIANTS, ids=["erf, tied", "tanh, untied"])
+def test_cached_logits_are_those_of_a_forward_pass(config):
+    assert cached_error(config=config) < 1e-12
+    assert cached_error(shift=-1, config=config) > 1e-3, "a misplaced key was not seen"
 
 
 @pytest.mark.usefixtures("float64")
@@ -254,6 +261,6 @@ def test_bad_input_is_one_line(name, command, workdir, tmp_path):
 
 def test_a_prompt_beyond_the_vocabulary_is_refused(workdir):
     config = TrainConfig(model=dataclasses.replace(MODEL, vocab_size=100))
-    encoding = train.tokenizer.load("gpt2")
+    encoding = tokenizer.load("gpt2")
     with pytest.raises(UserError, match=r"beyond model\.vocab_size=100"):
         generate.encode_prompt("hello world", encoding, config)

@@ -61,7 +61,7 @@ def test_frozen_leaves_cost_no_optimizer_memory():
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (frozen, moving)]
     assert sizes[0] > 0
     assert moments(SOME) == 2 * sizes[1]
-    assert moments(with_optimizer(SOME, freeze="")) == 2 * sum(sizes)
+    assert moments(with_optimizer(SOME, freeze=())) == 2 * sum(sizes)
 
 
 def test_the_gradient_norm_is_that_of_what_moves():
@@ -69,7 +69,7 @@ def test_the_gradient_norm_is_that_of_what_moves():
     state = step.init_state(jax.random.key(0), config=SOME)
     windows = jnp.ones((4, MODEL.seq_len + 1), jnp.int32)
     _, whole = step.loss_and_gradients(
-        state, jax.random.key(0), windows, config=with_optimizer(SOME, freeze="")
+        state, jax.random.key(0), windows, config=with_optimizer(SOME, freeze=())
     )
     _, moving = split(whole, SOME.optimizer.freeze, "")
     _, reported = step.train_step(state, jax.random.key(0), windows, config=SOME)

@@ -45,6 +45,10 @@ SHAPES = {
         **{"n_layer": 3, "n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 131},
         "activation_function": "gelu_pytorch_tanh",
     },
+    "two layers, untied": {
+        **{"n_layer": 2, "n_embd": 12, "n_head": 3, "n_positions": 16, "vocab_size": 97},
+        "tie_word_embeddings": False,
+    },
     "GPT-2's vocabulary": {
         **{"n_layer": 2, "n_embd": 8, "n_head": 1, "n_positions": 32, "vocab_size": 50257},
     },
@@ -223,6 +227,7 @@ def test_the_loss_and_every_gradient_are_the_same(shape, dtype, tmp_path):
     ours, gradients = loss_and_gradients(params)
     require_close("loss", dtype, (ours, theirs.detach()))
     named = {name.removeprefix("transformer."): p.grad for name, p in model.named_parameters()}
+    assert ("lm_head.weight" in named) == (not config.model.tied_head)
     expected = trees.from_layout(lambda name: named[name].numpy(), config.model, "gpt2")
     leaves = zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
     require_close("gradients", dtype, *leaves)
@@ -375,9 +380,10 @@ def test_the_commands_of_the_closing_line_work(tmp_path, text_file, main_here):
 # ---- export -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", ["5GB", "20KB"])
-def test_an_import_is_exported_with_the_same_bits(size, tmp_path, main_here):
-    weights = saved(gpt2(SHAPES["three layers"]), tmp_path / "theirs")
+@pytest.mark.parametrize("shape", ["three layers", "two layers, untied"])
+@pytest.mark.parametrize("size", ["5GB", "9KB"])
+def test_an_import_is_exported_with_the_same_bits(shape, size, tmp_path, main_here):
+    weights = saved(gpt2(SHAPES[shape]), tmp_path / "theirs")
     imported(weights, tmp_path / "ours")
     (tmp_path / "back").mkdir()  # an empty folder is as good as none
     args = ["export", tmp_path / "ours", "--out", tmp_path / "back", "--shard_size", size]
@@ -388,14 +394,16 @@ def test_an_import_is_exported_with_the_same_bits(size, tmp_path, main_here):
     assert (INDEX in names) == (size != "5GB")
     assert (len(names) > 4) == (size != "5GB")
     assert bits(tensors_in(tmp_path / "back")) == bits(tensors_in(weights))
-    assert read_back(tmp_path / "back").config.eos_token_id is None  # 256 is beyond V
+    model = read_back(tmp_path / "back")
+    assert model.config.eos_token_id is None  # 256 is beyond V
+    assert model.config.tie_word_embeddings == (shape == "three layers")
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", [*TOLERANCE, "bfloat16"])
 def test_transformers_computes_an_exported_model_5(dtype, size, tmp_path, main_here):
-    gelu = "tanh" if size == "5GB" else "erf"
-    config, params = random_run(tmp_path / "run", vocab_size=257, dtype=dtype, gelu=gelu)
+    variant = {"gelu": "tanh"} if size == "5GB" else {"gelu": "erf", "tied_head": False}
+    config, params = random_run(tmp_path / "run", vocab_size=257, dtype=dtype, **variant)
     args = ["export", tmp_path / "run", "--out", tmp_path / "out", "--shard_size", size]
     code, out, err = main_here(*args)
     assert (code, err) == (0, "")
@@ -532,7 +540,10 @@ BAD_WEIGHTS = {
     "pickled only": (remove(WHOLE), [WHOLE, "No such file", "never read"]),
     "missing, unknown, misshapen": (edit_tensors(several), SEVERAL),
     "whole numbers": (edit_tensors(whole_numbers), ["wpe.weight is I32", "F32"]),
-    "untied head": (edit_tensors(another_head), ["lm_head.weight is not wte.weight", "tied"]),
+    "another head where it is tied": (
+        edit_tensors(another_head),
+        ["is not wte.weight", "tie_word_embeddings"],
+    ),
     "a name twice": (edit_tensors(twice), ["holds wpe.weight twice"]),
     "a shard that is not there": (index({"wte.weight": "../model-2.safetensors"}), ["model-2"]),
     "index without a map": (index(None), [INDEX, "no weight_map"]),
@@ -552,7 +563,11 @@ BAD_WEIGHTS = {
         field("scale_attn_by_inverse_layer_idx", True),
         ["scale_attn_by_inverse_layer_idx=true", "must be false"],
     ),
-    "untied": (field("tie_word_embeddings", False), ["tie_word_embeddings=false", "true"]),
+    "untied without a head": (field("tie_word_embeddings", False), ["missing lm_head.weight"]),
+    "tied, perhaps": (
+        field("tie_word_embeddings", "yes"),
+        ["tie_word_embeddings=", "true or false"],
+    ),
     "cross-attention": (field("add_cross_attention", True), ["add_cross_attention=true", "false"]),
     "relu": (field("activation_function", "relu"), ['activation_function="relu"', "gelu_new"]),
     "a list": (field("activation_function", ["gelu"]), ["activation_function=", "gelu_new"]),

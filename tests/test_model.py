@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import losses, model, step
+from jax_model5 import losses, model, step, trees
 from jax_model5.config import ModelConfig, TrainConfig
 from tests.tiny import MODEL
 
@@ -134,6 +134,30 @@ def test_the_head_is_the_embedding_before_and_after_a_step():
     logits = model.Model5(MODEL).apply({"params": state.params}, x, method="logits")
     np.testing.assert_allclose(logits, x @ state.params["wte"].T / math.sqrt(D), atol=1e-6)
     assert not np.allclose(state.params["wte"], new_params()["wte"], atol=1e-5)
+
+
+def test_an_untied_head_starts_as_the_embedding_and_parts_from_it():
+    """Course lesson 018 as its code runs on a GPU: two tables, equal at the start."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, tied_head=False))
+    state = jax.jit(functools.partial(step.init_state, config=config))(jax.random.key(0))
+    np.testing.assert_array_equal(state.params["head"], state.params["wte"])
+    np.testing.assert_array_equal(state.params["wte"], new_params()["wte"])
+    tied, untied = apply(new_params(), tokens()), apply(state.params, tokens(), config.model)
+    np.testing.assert_array_equal(tied, untied)
+    state, _ = jax.jit(functools.partial(step.train_step, config=config))(
+        state, jax.random.key(0), windows()
+    )
+    assert not np.allclose(state.params["head"], state.params["wte"], atol=1e-5)
+    x = jax.random.normal(jax.random.key(1), (1, 2, D))
+    logits = model.Model5(config.model).apply({"params": state.params}, x, method="logits")
+    np.testing.assert_allclose(logits, x @ state.params["head"].T / math.sqrt(D), atol=1e-6)
+
+
+@pytest.mark.parametrize(("tied", "n"), [(True, 123_849_984), (False, 162_447_360)])
+def test_the_full_size_has_the_courses_parameters(tied, n):
+    """Counted once, 124 M; the course's sum of both tables, 163 M."""
+    full = ModelConfig(d_model=768, n_heads=12, n_layers=12, tied_head=tied)
+    assert trees.n_elements(step.abstract_state(TrainConfig(model=full)).params) == n
 
 
 # ---- init ---------------------------------------------------------------------------------------

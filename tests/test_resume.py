@@ -1,16 +1,20 @@
 """A run that is killed, stopped, extended or diverges: nothing is lost, and the numbers stay."""
 
 import math
+import os
+import pty
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from jax_model5 import record
-from tests.tiny import flags, run, start, tiny, with_optimizer
+from tests.tiny import ROOT, flags, run, start, tiny, with_optimizer
 
 KILLS = 10
 STEPS = 400
@@ -91,6 +95,35 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
     assert numbers(workdir) == expected
 
 
+def test_an_ignored_hang_up_stays_ignored(tmp_path, long_run):
+    """`nohup`: the terminal closes, and the run goes on to its end."""
+    args, _ = long_run
+    ignoring = ["bash", "-c", 'trap "" HUP; exec "$@"', "--"]
+    process = start(*args, "--workdir", tmp_path, "--steps=60", prefix=ignoring)
+    wait_for(lambda: len(record.read(tmp_path / "metrics.jsonl")) > 5, process)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "finished at step 60" in out
+
+
+def test_a_run_whose_terminal_is_gone_goes_on(tmp_path, long_run):
+    """Its output is a closed pipe, its errors a terminal that hung up while it trained."""
+    args, expected = long_run
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "jax_model5.train", *args, "--workdir", tmp_path]
+    process = subprocess.Popen(
+        [*map(str, command), "--steps=200"], cwd=ROOT, stdout=subprocess.PIPE, stderr=its_end
+    )
+    os.close(its_end)
+    wait_for(lambda: len(record.read(tmp_path / "metrics.jsonl")) > 30, process)
+    process.stdout.close()
+    os.close(terminal)
+    assert process.wait(timeout=120) == 0
+    assert numbers(tmp_path) == expected[:211]
+    assert (tmp_path / "samples.txt").exists()
+
+
 def test_a_finished_run_says_so_and_can_go_on_longer(tmp_path, text_file):
     config = tiny(tmp_path, text_file)
     assert run(*flags(config))[0] == 0
@@ -117,7 +150,7 @@ def test_a_run_writes_only_what_the_design_names(tmp_path, text_file):
     assert names == {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints"}
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "run"}
     records = record.read(Path(config.workdir, "metrics.jsonl"))
-    train = "kind step loss grad_norm learning_rate param_norm".split()
+    train = "kind step grad_norm learning_rate loss param_norm".split()
     train += ["tokens_per_second", "targets_per_second"]
     for r in records:
         expected = (

@@ -8,7 +8,6 @@ with two optimizer states; `.to("cuda")` copies it into two tables. docs/fidelit
 
 import argparse
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 
@@ -90,8 +89,9 @@ def main() -> None:
     config = parse([*args, "--optimizer.learning_rate", "1e-3"], "docs/experiments/tying.py")
     rows = measure(config, options.seeds)
     result = record.circumstances("docs/experiments/tying.py", "cpu")
-    result |= {"torch": torch.__version__, "config": dataclasses.asdict(config), "rows": rows}
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result["machine"]["torch"] = torch.__version__
+    result |= {"config": dataclasses.asdict(config), "rows": rows}
+    record.write_json(Path(options.out), result)
 
 
 if __name__ == "__main__":
