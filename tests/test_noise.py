@@ -238,7 +238,7 @@ def test_last_k_reaches_from_the_final_token_to_all_tokens():
 
 
 def test_frozen_parameters_have_no_noise():
-    ours = measured(with_optimizer(CONFIG, freeze="wte"))
+    ours = measured(with_optimizer(CONFIG, freeze=["wte"]))
     assert ours["trace"] < 0.9 * measured()["trace"]
 
 
