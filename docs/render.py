@@ -149,6 +149,28 @@ def programs(name: str) -> str:
     return markdown(head, rows)
 
 
+KNOBS = {
+    "`remat: dots` (the default)": "model5_final_token",
+    "`remat: none`": "model5_final_token_remat_none",
+    "`remat: full`": "model5_final_token_remat_full",
+    "`accumulate: 4`": "model5_final_token_accumulate_4",
+    "`dtype: bfloat16`": "model5_final_token_float32_bfloat16_busy",
+}
+
+
+def knobs() -> str:
+    """Memory and time of our step, one knob changed at a time."""
+    rows = []
+    for words, name in KNOBS.items():
+        found = read(f"benchmarks/{name}.json")["programs"]
+        p = next((p for p in found if p["name"] == "jax bfloat16"), found[0])
+        sizes = [f"{p[key] / 2**30:.2f} GiB" for key in ("program_bytes", "peak_bytes")]
+        step = f"{p['step']['median']:.2f} s"
+        rows.append([words, sizes[0], step, sizes[1], f"{p['of_matmul']:.0%}"])
+    head = ["knobs", "the program's own figure", "step", "peak resident", "of matmul"]
+    return markdown(head, rows)
+
+
 def generation(name: str) -> str:
     rows = [
         [
@@ -245,6 +267,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "results": results,
     "programs": programs,
     "generation": generation,
+    "knobs": knobs,
     "sweep": sweep,
     "rungs": rungs,
     "faults": faults,

@@ -105,11 +105,12 @@ class RunFolder:
         window_L = batches.test_batches(corpus, self.config)[0, 0, 1:].tolist()
         prompt = encoding.encode_ordinary(PROMPT)
         parts = [f"# step {int(state.step)}\n"]
-        for start, temperature in ((prompt, TEMPERATURE), (prompt, COOLER), (window_L, COOLER)):
+        samples = ((prompt, TEMPERATURE), (prompt, COOLER), (window_L, COOLER))
+        for index, (start, temperature) in enumerate(samples):
             tokens = generate(
                 state.params,
                 [start],
-                programs.key,
+                jax.random.fold_in(programs.key, index),
                 config=self.config.model,
                 sampling=Sampling(temperature),
                 n_tokens=_SAMPLE_TOKENS,
