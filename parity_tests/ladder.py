@@ -497,7 +497,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 # Every rung with each GELU, each head, and trunks of 2 layers (unrolled) and of 7 (scanned, as the
-# full size is): of the eight combinations those four that show each pair of choices together.
+# full size is): the full size's own choice, and four of the eight that show each pair together.
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{n_layers} layers, {gelu}, {'tied' if tied else 'untied'}": {
         "n_layers": n_layers,
@@ -506,6 +506,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     }
     for n_layers, gelu, tied in (
         (8, "erf", False),
+        (8, "erf", True),
         (8, "tanh", True),
         (3, "erf", True),
         (3, "tanh", False),

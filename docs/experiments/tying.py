@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", default=str(HERE / "tying.json"))
     options = parser.parse_args()
+    record.commit()  # as it is now, whatever is edited while it runs
     args = ["--config", str(BASE), "--steps", str(options.steps)]
     config = parse([*args, "--optimizer.learning_rate", "1e-3"], "docs/experiments/tying.py")
     rows = measure(config, options.seeds)
