@@ -1,4 +1,4 @@
-"""What "tied" is worth: one table, two that share memory, two that part. In PyTorch.
+"""What a tied head is worth: one table; one with two optimizer states; two tables. In PyTorch.
 
     python docs/experiments/tying.py
 
