@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
@@ -17,6 +18,12 @@ def require(holds: bool, field: str, value: object, fix: str) -> None:
     """Raises UserError where it does not hold."""
     if not holds:
         raise UserError(f"{field}={value!r}: {fix}")
+
+
+def require_torch(field: str, value: object) -> None:
+    """Raises UserError where PyTorch, which only the reference needs, is not installed."""
+    is_there = importlib.util.find_spec("torch") is not None
+    require(is_there, field, value, "needs PyTorch; pip install -e '.[test]'")
 
 
 @contextlib.contextmanager

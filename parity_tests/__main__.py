@@ -11,8 +11,13 @@ from typing import Any
 import jax
 
 from jax_model5.config import DataConfig, TrainConfig
-from jax_model5.errors import ArgumentParser, UserError, one_line_errors
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_torch
 from jax_model5.startup import keep_programs
+
+if __name__ == "__main__":  # before what imports it
+    with one_line_errors():
+        require_torch("command", "python -m parity_tests")
+
 from parity_tests import drift, faults, ladder, page, report
 
 

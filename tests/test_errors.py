@@ -2,13 +2,14 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from jax_model5 import train
-from tests.tiny import TEXT, flags, run, tiny
+from tests.tiny import ROOT, TEXT, flags, run, tiny
 
 ONE_LINE = {
     # name: (arguments, what the line must say)
@@ -180,6 +181,27 @@ def test_the_reference_says_the_same():
         )
         assert ours == theirs
         assert ours[0] == 2
+
+
+WITHOUT_TORCH = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["parity_tests", "torch_ref.train", "jax_model5.bench --peer course"]
+)
+def test_what_needs_pytorch_says_so(command):
+    """README's first command installs none."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *command.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("needs PyTorch; pip install -e '.[test]'")
 
 
 # As on a full disk, a write fails: no file may grow beyond 20 kB.

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jax_model5.batches import test_batches, train_batch
 from jax_model5.config import TrainConfig, parse
 from jax_model5.corpus import Corpus, describe, load_corpus
-from jax_model5.errors import disk_errors, one_line_errors
+from jax_model5.errors import disk_errors, one_line_errors, require_torch
+
+if __name__ == "__main__":  # before what imports it
+    with one_line_errors():
+        require_torch("command", "python -m torch_ref.train")
+
+import torch
+
 from torch_ref.model import Model5
 from torch_ref.step import (
     eval_step,

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import os
 import statistics
@@ -30,7 +29,13 @@ from jax_model5.bench.rounds import (
 )
 from jax_model5.config import TrainConfig
 from jax_model5.corpus import load_corpus
-from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_at_least_1
+from jax_model5.errors import (
+    ArgumentParser,
+    UserError,
+    one_line_errors,
+    require_at_least_1,
+    require_torch,
+)
 from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.losses import n_last
 from jax_model5.record import note
@@ -70,8 +75,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
     if options.generate and (options.sweep or "tuned" in options.peer):
         raise UserError("generate: leave out --sweep and --peer tuned; its one peer is course")
-    if options.peer and importlib.util.find_spec("torch") is None:
-        raise UserError(f"peer={options.peer[0]!r}: needs PyTorch; pip install -e '.[test]'")
+    if options.peer:
+        require_torch("peer", options.peer[0])
     return options
 
 
