@@ -82,12 +82,13 @@ def measure(base: TrainConfig, n_seeds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", default=str(HERE / "tying.json"))
     options = parser.parse_args()
     record.commit()  # as it is now, whatever is edited while it runs
-    args = ["--config", str(BASE), "--steps", str(options.steps), "--batch_size", "8"]
-    config = parse([*args, "--optimizer.learning_rate", "1e-3"], "docs/experiments/tying.py")
+    keys = "--data.tokenizer bytes --model.vocab_size 257 --optimizer.learning_rate 1e-3"
+    args = ["--config", str(BASE), "--steps", str(options.steps), *keys.split()]
+    config = parse(args, "docs/experiments/tying.py")
     rows = measure(config, options.seeds)
     result = record.circumstances("docs/experiments/tying.py", "cpu")
     result["machine"]["torch"] = torch.__version__
