@@ -25,9 +25,10 @@ def test_no_operation_differs(dtype):
         assert f"{name}, gradient" in compared or name == "loss"
 
 
-def test_no_operation_differs_without_dropout():
-    """One layer, the last token only: nothing that the default shapes need."""
-    rows = list(report.rows(ladder.case("float64", n_layers=1)))
+@pytest.mark.parametrize("fields", [{}, {"gelu": "tanh", "tied_head": False}], ids=str)
+def test_no_operation_differs_without_dropout(fields):
+    """One layer, the last token only: nothing that the default shapes need; each GELU and head."""
+    rows = list(report.rows(ladder.case("float64", n_layers=1, **fields)))
     assert [str(row) for row in rows if not row.passed] == []
 
 
