@@ -541,7 +541,7 @@ def cases(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
     for name, fields in variants if dtype == "float64" else variants[:1]:
         for rung in RUNGS:
             dropout = 0.1 if rung in WITH_DROPOUT else 0.0
-            yield rung, name, case(dtype, "last_k", steps=3, dropout=dropout, **fields)
+            yield rung, name, case(dtype, "last_k", steps=20, dropout=dropout, **fields)
 
 
 def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
