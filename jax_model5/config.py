@@ -94,7 +94,9 @@ class DataConfig:
     """The text, its tokens, and how windows are drawn from them."""
 
     source: str = "pydocs"
-    """pydocs, fineweb, hf:OWNER/NAME, or a path: .txt .jsonl .json .parquet or a folder of them."""
+    """pydocs, fineweb, hf:OWNER/NAME, or files: a path, a folder, a glob. Commas join several. Text
+    (.txt .md .py), rows (.jsonl .ndjson .json .csv .tsv .parquet .arrow), packed or not (.gz .bz2
+    .xz .zst), or tokens (.bin .npy), of which files named val or test are the test part."""
     subset: str = ""
     """Config of a hub's data set; none: its own default, and sample-10BT of fineweb."""
     n_docs: int = 0
@@ -103,6 +105,10 @@ class DataConfig:
     """Column that holds the text, in every source with columns."""
     separator: Literal["end_of_text", "none"] = "end_of_text"
     """What ends each document: the end-of-text token, or nothing, as in the course."""
+    split_on_end_of_text: bool = False
+    """A document also ends where the text spells <|endoftext|>; False: that is text."""
+    skip_bad_rows: bool = False
+    """Leave out rows without text and count them; False: the first one stops the run."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2: 50257 tokens, offline; bytes: 256 bytes + end of text, for tiny tests."""
     test_fraction: float = 0.1
@@ -276,7 +282,8 @@ def parse(args: Sequence[str], prog: str) -> TrainConfig:
         return _tyro(["--help"], prog)
     settings = _command_line(args)
     if "config" in settings:
-        settings = _yaml_settings(" ".join(settings.pop("config"))) | settings
+        path = os.path.expanduser(" ".join(settings.pop("config")))
+        settings = _yaml_settings(path) | _workdir_of(path) | settings
     for key, words in settings.items():
         require(key in _KINDS, key, " ".join(words), f"unknown key{_nearest(key)}")
     messages = io.StringIO()
@@ -289,6 +296,15 @@ def parse(args: Sequence[str], prog: str) -> TrainConfig:
         key = next(key for key in (*named, *settings) if key in settings)
         value = " ".join(settings[key])
         raise UserError(f"{key}={value!r}: expected {_expected(key)}") from None
+
+
+def _workdir_of(path: str) -> dict[str, list[str]]:
+    """The folder of a run means itself by its config.yaml, wherever it was copied or moved to."""
+    folder, name = os.path.split(path)
+    there = (
+        os.path.exists(os.path.join(folder, file)) for file in ("metrics.jsonl", "checkpoints")
+    )
+    return {"workdir": [folder or "."]} if name == "config.yaml" and any(there) else {}
 
 
 def config_of_run(workdir: str, prog: str) -> TrainConfig:

@@ -3,6 +3,9 @@
 import functools
 import hashlib
 import importlib.metadata
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -12,6 +15,25 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from jax_model5.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+
+_SPACE = (
+    r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of tiktoken's regex
+)
+# GPT-2's pattern takes a run of white space, but for the last of it, as one piece. It looks ahead
+# behind each of its characters: somewhere above 900,000 of them the regex's stack overflows.
+_LONG_RUN = re.compile(rf"((?<![{_SPACE}])[{_SPACE}]{{100000,}}(?=[{_SPACE}]|\Z))")
+
+# Where no piece of the pattern goes on: before white space that follows something else; in texts
+# without any, between a letter and a digit or mark, of kinds that no version of Unicode moves. The
+# marks inside END_OF_TEXT are left out, so that it is never cut.
+_LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+_MARKS = "!-/:;=?@\u3001\u3002\uff0c\uff1a\uff1b\uff1f\uff01"
+_CUTS = (
+    re.compile(rf"(?s:.*)[^{_SPACE}](?=[{_SPACE}])"),
+    re.compile(rf"(?s:.*)(?:[{_LETTERS}](?=[0-9{_MARKS}])|[0-9](?=[{_LETTERS}{_MARKS}]))"),
+)
+PART = 2**17
+"""About so long are the parts that a long text is cut into [characters]."""
 
 # What tiktoken itself pins for OpenAI's two files (tiktoken_ext/openai_public.py).
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -32,6 +54,37 @@ def load(name: str) -> tiktoken.Encoding:
         special_tokens={END_OF_TEXT: len(ranks)},
         explicit_n_vocab=len(ranks) + 1,
     )
+
+
+def encode(encoding: tiktoken.Encoding, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, at any length. What spells END_OF_TEXT is text like any other."""
+    split = [_LONG_RUN.split(text) for text in texts]  # text, run, text, run, ..., text
+    between = [text for pieces in split for text in pieces[::2]]
+    tokens = iter(encoding.encode_ordinary_batch(between, num_threads=os.cpu_count() or 1))
+    every: list[list[int]] = []
+    for pieces in split:
+        ids = next(tokens)
+        for run in pieces[1::2]:
+            ids += encoding._encode_single_piece(run) + next(tokens)
+        every.append(ids)
+    return every
+
+
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """The text of the blocks in parts whose tokens, one after the other, are those of the whole."""
+    rest, start, enough = "", 0, PART
+    for block in blocks:
+        rest, start = rest[start:] + block, 0
+        while len(rest) - start >= enough:
+            tries = (cut.match(rest, start, start + enough) for cut in _CUTS)
+            found = next(filter(None, tries), None)
+            if found is None:
+                enough *= 2
+                continue
+            yield rest[start : found.end()]
+            start, enough = found.end(), PART
+    if start < len(rest):
+        yield rest[start:]
 
 
 def gpt2_files() -> tuple[Path, Path]:

@@ -18,8 +18,8 @@ def test_the_keys_are_the_contract():
     assert " ".join(config) == root
     model = "vocab_size seq_len d_model n_heads n_layers dropout dropout_sites scale_logits"
     assert " ".join(config["model"]) == f"{model} tied_head gelu init dtype remat"
-    data = "source subset n_docs text_field separator tokenizer test_fraction sampling cache_dir"
-    assert " ".join(config["data"]) == data
+    data = "source subset n_docs text_field separator split_on_end_of_text skip_bad_rows tokenizer"
+    assert " ".join(config["data"]) == f"{data} test_fraction sampling cache_dir"
     optimizer = "name learning_rate weight_decay b1 b2 eps schedule warmup_steps clip_norm freeze"
     assert " ".join(config["optimizer"]) == optimizer
     assert [*config["mesh"]] == ["data", "fsdp"]

@@ -50,11 +50,11 @@ def loopback_only(host, *args, **kwargs):
 
 socket.getaddrinfo = loopback_only
 
-from jax_model5 import corpus
+from jax_model5 import corpus, hub, readers
 from jax_model5.config import *
 from jax_model5.errors import UserError
 
-corpus._BATCH_DOCS = 10  # several batches a file
+readers._BATCH_ROWS = 10  # several batches a file
 exec(sys.argv[1])
 try:
     result = eval(sys.argv[2])
@@ -179,7 +179,7 @@ def test_failures_neither_lose_nor_repeat_documents(
 
 def test_outage_reaches_our_retry(hub: FakeHub, evaluate: Callable[..., Any]) -> None:
     hub.outcomes = {piece: list(todo) for piece, todo in OUTAGE.items()}
-    message = _one_line(evaluate(hub.url, _documents(), before="corpus._RETRIES = 0"))
+    message = _one_line(evaluate(hub.url, _documents(), before="hub._RETRIES = 0"))
     done = int(re.search(r"after (\d+) documents: .*503", message)[1])
     assert 30 < done < N_DOCS  # inside the second file
 
@@ -208,6 +208,22 @@ def test_corpus_counts(hub: FakeHub, evaluate: Callable[..., Any], tmp_path: Pat
     assert manifest["documents"] == N_DOCS
     assert manifest["tokens"] == sum(map(len, contents)) + N_DOCS  # and one end of text each
     assert manifest["unique_tokens"] == len(set(b"".join(contents))) + 1
+
+
+def test_nothing_is_written_outside_the_cache(
+    hub: FakeHub, evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The libraries' own caches are inside ours; where a user's variables name others, there."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    documents = _documents(cache_dir=str(tmp_path / "cache"))
+    before = "os.environ.pop('HF_HOME')"
+    assert evaluate(hub.url, documents, before, HOME=str(home)) == TEXTS[:N_DOCS]
+    assert list(home.rglob("*")) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "cache"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"huggingface"}
+    assert evaluate(hub.url, documents) == TEXTS[:N_DOCS]
+    assert (tmp_path / "hf").is_dir()
 
 
 @pytest.fixture
