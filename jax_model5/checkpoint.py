@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import sys
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +16,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
+from jax_model5 import disk
 from jax_model5.config import TrainConfig, flatten, flatten_settings
 from jax_model5.errors import UserError
-from jax_model5.startup import versions
+from jax_model5.startup import machine, note, versions
 from jax_model5.step import TrainState
 from jax_model5.trees import leaves_of
 
@@ -28,7 +29,7 @@ FREE_FIELDS = {
     *("workdir", "eval_every", "checkpoint_every", "keep"),
     *("mesh.data", "mesh.fsdp", "model.remat"),
     *("data.cache_dir", "data.source", "data.subset", "data.n_docs", "data.text_field"),
-    "data.separator",
+    *("data.separator", "data.split_on_end_of_text", "data.skip_bad_rows"),
 }
 
 
@@ -36,15 +37,19 @@ class Checkpoints:
     """The checkpoints of one run: `state` [step, params, opt_state] and `meta` of each step."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder = folder
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+        self.folder, self._keep = folder, keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made when it is first written to, for it makes the folder."""
+        return ocp.CheckpointManager(
+            self.folder.absolute(),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.LatestN(keep),
+                preservation_policy=preservation_policy.LatestN(self._keep),
                 save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
             ),
@@ -57,12 +62,15 @@ class Checkpoints:
           UserError: this save or the one before it could not be written.
         """
         tree = flax.serialization.to_state_dict(state)
-        meta = {
-            "config": dataclasses.asdict(config),
-            "data": fingerprint,
-            "packages": versions(),
-            "checksums": _checksums(tree),
-        }
+        meta = disk.sealed(
+            {
+                "config": dataclasses.asdict(config),
+                "data": fingerprint,
+                "packages": versions(),
+                "machine": machine(),
+                "checksums": _checksums(tree),
+            }
+        )
         items = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         with self._write_errors():
             self._manager.save(int(state.step), args=items)
@@ -99,8 +107,8 @@ class Checkpoints:
                 raise _all_damaged("workdir", config.workdir, damaged, fix)
             return None
         tree, meta = newest
-        if changes := version_changes(meta):
-            print(changes, file=sys.stderr)
+        for change in changes_around(meta):
+            note(change)
         self._move_aside(damaged, int(tree["step"]))
         return flax.serialization.from_state_dict(abstract_state, tree)
 
@@ -110,7 +118,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 aside.parent.mkdir(exist_ok=True)
                 (self.folder / str(step)).rename(aside)
-            print(f"it was moved to {aside}; going on from checkpoint {restored}", file=sys.stderr)
+            note(f"it was moved to {aside}; going on from checkpoint {restored}")
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
             self._manager.reload()
@@ -171,6 +179,8 @@ def _newest_whole(
 ) -> tuple[Any, list[int]]:
     """What `read` makes of the newest step that is not damaged, if any; and the damaged ones."""
     damaged: list[int] = []
+    if not folder.is_dir():
+        return None, damaged
     with open_saved(folder) as saved:
         for step in sorted(saved.all_steps(), reverse=True):
             if only not in (None, step):
@@ -181,7 +191,7 @@ def _newest_whole(
                 raise
             except Exception as error:  # Orbax and tensorstore raise many kinds
                 reason = str(error).split("\n")[0][:120]
-                print(f"checkpoint {step} is damaged ({reason})", file=sys.stderr)
+                note(f"checkpoint {step} is damaged ({reason})")
                 damaged.append(step)
     return None, damaged
 
@@ -191,7 +201,11 @@ def _all_damaged(field: str, workdir: str, damaged: list[int], fix: str) -> User
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    """ValueError where a bit of it has changed; before version 0.2 it had no seal."""
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if "machine" in meta and not disk.is_sealed(meta):
+        raise ValueError("the bits of meta changed on disk")
+    return meta
 
 
 def _read_state(
@@ -291,8 +305,17 @@ def _checksums(tree: Any) -> dict[str, int]:
     return {name: int(bit_sum) for name, bit_sum in leaves_of(_bit_sums(tree)).items()}
 
 
-def version_changes(meta: dict[str, Any]) -> str:
-    """What is installed and was not when the checkpoint was written; empty where nothing is."""
-    before, now = meta["packages"], versions()
-    changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-    return f"packages changed, the last bits may differ: {', '.join(changes)}" if changes else ""
+def changes_around(meta: dict[str, Any]) -> list[str]:
+    """What is another package or machine than when the checkpoint was written, a line each."""
+    packages = _changed(meta["packages"], versions())
+    around = _changed(meta.get("machine", {}), machine())
+    lines = [f"packages changed, the last bits may differ: {', '.join(packages)}"] * bool(packages)
+    if around:
+        what = f"written on another machine: {', '.join(around)}"
+        lines.append(f"{what}; sums are split otherwise there, and the last bits may differ")
+    return lines
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = [name for name in now if name in before and before[name] != now[name]]
+    return [f"{name} {before[name]} -> {now[name]}" for name in names]

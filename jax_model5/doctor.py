@@ -268,7 +268,9 @@ def corpora(config: TrainConfig) -> Iterator[Finding]:
     cache = Path(config.data.cache_dir).expanduser()
     found = sorted(cache.glob("*-" + 16 * "[0-9a-f]"))
     for folder in found:
-        if not corpus.is_whole(folder):
+        if corpus.is_of_an_older_version(folder):
+            yield Finding(NOTE, "corpus", f"{folder} is of an older version: unused; remove it")
+        elif not corpus.is_whole(folder, by_content=True):
             text = f"the tokens in {folder} are damaged; remove it, the next run builds it again"
             yield Finding(BAD, "corpus", text)
     size = _size(sum(map(_bytes_of, found)))
@@ -345,7 +347,7 @@ def fits(config: TrainConfig) -> Iterator[Finding]:
 
 
 def in_use(workdir: Path) -> Iterator[Finding]:
-    from jax_model5.run_folder import is_locked
+    from jax_model5.disk import is_locked
 
     busy = is_locked(workdir)
     text = f"{'one' if busy else 'none'} is writing into {workdir} now"
@@ -375,8 +377,8 @@ def checkpoints(workdir: Path, config: TrainConfig | None) -> Iterator[Finding]:
                 yield Finding(BAD, what, f"is damaged ({_reason(error)}); {fix}")
                 continue
             yield Finding(OK, what, f"{_size(_bytes_of(folder / str(step)))}, {_holds(state)}")
-            if changes := checkpoint.version_changes(meta):
-                yield Finding(NOTE, what, changes)
+            for change in checkpoint.changes_around(meta):
+                yield Finding(NOTE, what, change)
             if config is not None:
                 yield _restores(config, step, state, meta)
                 config = None  # only from the newest whole one does a run go on

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
@@ -37,7 +38,12 @@ def one_line_errors() -> Iterator[None]:
     for source in ("absl", "asyncio"):
         logging.getLogger(source).setLevel(logging.CRITICAL)
     try:
-        yield
+        with _signals_raise():
+            yield
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"{name}: stopped; what was saved is kept", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
@@ -47,6 +53,30 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has enough (`| head`)
         give_up(sys.stdout)
         raise SystemExit(141) from None
+
+
+class Stopped(BaseException):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does; one that is ignored stays so (`nohup`)."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def give_up(stream: TextIO) -> None:

@@ -31,10 +31,10 @@ from jax_model5.config import (
     config_of_run,
     to_yaml,
 )
+from jax_model5.disk import replace_text
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors
 from jax_model5.kernels import at_least_float32
 from jax_model5.model import LAYER_NORM_EPSILON
-from jax_model5.record import replace_text
 from jax_model5.startup import set_up_jax
 from jax_model5.step import TrainState, abstract_state
 from jax_model5.trees import from_layout, table, to_layout

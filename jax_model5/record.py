@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -12,17 +13,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 import rich.console
 import rich.progress
 
-from jax_model5 import startup
+from jax_model5 import disk, startup
 from jax_model5.config import TrainConfig
 from jax_model5.errors import disk_errors, give_up
 from jax_model5.losses import n_last
+from jax_model5.startup import note
 
 ROLLING_STEPS = 50
 """Over which the standard deviation of the training loss is taken [steps]."""
@@ -85,11 +87,17 @@ class Recorder:
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl`; opening it drops what is after `step`; None: all."""
+    """Appends records to `metrics.jsonl`; opening it drops what is after `step`; None: all.
+
+    Lines that cannot be read are set aside, and steps that are lost are named.
+    """
 
     def __init__(self, path: Path, step: int | None):
-        kept = [record for record in read(path) if step is not None and record["step"] <= step]
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        records, damaged = _parse(path)
+        kept = [record for record in records if step is not None and record["step"] <= step]
+        if step is not None:
+            _note_damage(path, damaged, kept, step)
+        disk.replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, kind: str, step: int, **values: float) -> None:
@@ -103,18 +111,46 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The records of a log; what cannot be read is left out."""
+    return _parse(path)[0]
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The records of a log, and its damaged lines; a last line that a kill cut short is neither."""
+    records, damaged = [], []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            record = json.loads(line.decode())
+            if record["kind"] not in ("train", "eval") or type(record["step"]) is not int:
+                raise ValueError
+            records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged.append(line)
+    return records, damaged
+
+
+def _note_damage(
+    path: Path, damaged: list[bytes], records: list[dict[str, Any]], step: int
+) -> None:
+    """One line on what of a log up to `step` is gone; what is left of it is beside the log."""
+    lost = set(range(1, step + 1)) - {r["step"] for r in records if r["kind"] == "train"}
+    words = []
+    if damaged:
+        aside = path.with_name(f"damaged_{path.name}")
+        with open(aside, "ab") as file:
+            file.write(b"\n".join([*damaged, b""]))
+        words.append(f"{len(damaged)} lines of it cannot be read and are in {aside.name}")
+    if lost:
+        words.append(f"it has lost the training losses of steps {_ranges(sorted(lost))}")
+    if words:
+        note(f"{path}: {'; '.join(words)}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as "1-4, 7"."""
+    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 class ProgressLine:
@@ -182,7 +218,7 @@ def plot(records: list[dict[str, Any]], vocab_size: int, test_metric: str, path:
     test = [(r["step"], r[test_metric]) for r in records if r["kind"] == "eval"]
     figure = Figure(figsize=(9, 5), layout="constrained")
     losses, spread = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps, loss = np.array(train).T
+    steps, loss = np.array(train).reshape(-1, 2).T
     losses.plot(steps, loss, color="C0", alpha=0.45, linewidth=0.9, label="train")
     if test:
         losses.plot(*np.array(test).T, color="C1", marker="o", markersize=3, label="test")
@@ -193,7 +229,8 @@ def plot(records: list[dict[str, Any]], vocab_size: int, test_metric: str, path:
     spread.plot(steps, rolling_std(loss), color="C2")
     spread.set_ylabel(f"std of {ROLLING_STEPS} steps")
     spread.set_xlabel("optimizer step")
-    figure.savefig(path, dpi=100)
+    with disk.replaced(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def rolling_std(values: np.ndarray, n: int = ROLLING_STEPS) -> np.ndarray:
@@ -207,28 +244,10 @@ def rolling_std(values: np.ndarray, n: int = ROLLING_STEPS) -> np.ndarray:
 # ---- a command's words, and what a reader needs to judge a measurement --------------------------
 
 
-def say(text: str, to: TextIO | None = None) -> None:
-    """A line, on standard output unless given; of many processes only the first speaks.
-
-    A run whose terminal is gone, or whose reader has enough, goes on.
-    """
-    stream = to or sys.stdout
-    if startup.is_first_process():
-        try:
-            print(text, file=stream, flush=True)
-        except OSError:
-            give_up(stream)
-
-
-def note(text: str) -> None:
-    """A line on how far a long command is, on standard error."""
-    say(text, to=sys.stderr)
-
-
 def write_json(path: Path, result: Any) -> None:
     """Whole or not at all; null for nan and infinity, which JSON does not know."""
     text = json.dumps(_only_finite(result), indent=1, allow_nan=False)
-    replace_text(path, text + "\n")
+    disk.replace_text(path, text + "\n")
 
 
 def _only_finite(tree: Any) -> Any:

@@ -1,8 +1,6 @@
 """A run is its folder: the lock on it, its files, what is finished in it, the words about it."""
 
 import contextlib
-import errno
-import fcntl
 import functools
 import math
 import os
@@ -13,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_model5 import batches, record, startup, tokenizer
+from jax_model5 import batches, disk, record, startup, tokenizer
 from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import TrainConfig, to_yaml
 from jax_model5.corpus import Corpus, describe
-from jax_model5.errors import UserError, disk_errors
+from jax_model5.errors import disk_errors, require
 from jax_model5.generate import Sampling, generate, text_of
 from jax_model5.optimizer import split_frozen
 from jax_model5.programs import Programs
@@ -49,18 +47,22 @@ class RunFolder:
         with disk_errors("workdir", workdir, "name a folder that can be written"):
             self.path.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.path, os.O_RDONLY)
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         try:
             if startup.is_first_process():
-                _lock(folder, workdir)
+                fix = "another run is writing into it; wait for its end, or name another folder"
+                require(disk.lock(folder), "workdir", workdir, fix)
             yield
         finally:
             os.close(folder)
 
+    def require_writable(self) -> None:
+        """Raises UserError where nothing can be written into the folder."""
+        fix = "cannot be written into; name another folder"
+        require(os.access(self.path, os.W_OK), "workdir", self.config.workdir, fix)
+
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints; makes their folder."""
+        """The run's checkpoints."""
         return Checkpoints(self.path / "checkpoints", self.config.keep)
 
     def given_params(self, programs: Programs) -> dict:
@@ -78,17 +80,19 @@ class RunFolder:
 
     def open_log(self, step: int | None) -> list[record.Sink]:
         """Writes config.yaml and opens the log behind `step`."""
-        record.replace_text(self.path / "config.yaml", to_yaml(self.config))
+        disk.replace_text(self.path / "config.yaml", to_yaml(self.config))
         return [record.MetricsLog(self.log_path, step)]
 
     # ---- results --------------------------------------------------------------------------------
 
-    def is_finished(self, step: int) -> bool:
-        """Whether the run is at its end and its results are written: samples.txt is the last."""
-        samples = self.path / "samples.txt"
-        if step < self.config.steps or not samples.exists():
-            return False
-        return samples.read_text(encoding="utf-8").startswith(f"# step {step}\n")
+    def lacking(self, step: int) -> list[str]:
+        """The results of a run that ends at `step` which are not there; samples.txt is the last."""
+        names = ["metrics.jsonl", "loss.png", "samples.txt"]
+        there = {name for name in names if (self.path / name).exists()}
+        text = (self.path / "samples.txt").read_bytes() if "samples.txt" in there else b""
+        if not text.startswith(f"# step {step}\n".encode()):
+            there.discard("samples.txt")
+        return [name for name in names if name not in there]
 
     def write_results(self, corpus: Corpus, programs: Programs, state: TrainState) -> None:
         """loss.png and samples.txt, whose text is also shown."""
@@ -96,9 +100,10 @@ class RunFolder:
         if startup.is_first_process():
             config, records = self.config, record.read(self.log_path)
             path = self.path / "loss.png"
-            record.plot(records, config.model.vocab_size, config.test_metric, path)
-            record.replace_text(self.path / "samples.txt", text)
-        record.say(text)
+            if records or not path.exists():  # a picture tells more than a log that was lost
+                record.plot(records, config.model.vocab_size, config.test_metric, path)
+            disk.replace_text(self.path / "samples.txt", text)
+        startup.say(text)
 
     def _sample(self, corpus: Corpus, programs: Programs, state: TrainState) -> str:
         encoding = tokenizer.load(self.config.data.tokenizer)
@@ -152,25 +157,3 @@ class RunFolder:
             f"finished at step {step}: {self.config.workdir}/ holds loss.png, samples.txt, "
             f"metrics.jsonl, config.yaml and checkpoints/; {longer}"
         )
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a run is writing into the folder: it holds a lock on it."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(opened)
-    return False
-
-
-def _lock(folder: int, workdir: str) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"workdir={workdir!r}: another run is writing into it; wait for its end, or name "
-            "another folder"
-        ) from None

@@ -1,15 +1,17 @@
-"""JAX set up for a command: precision, compile cache, processes; and which packages run it."""
+"""JAX set up for a command: precision, compile cache, processes; who speaks, and what runs."""
 
 import contextlib
 import importlib.metadata
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import jax
 
 from jax_model5.config import TrainConfig
-from jax_model5.errors import UserError
+from jax_model5.errors import UserError, give_up
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -51,6 +53,24 @@ def is_first_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def say(text: str, to: TextIO | None = None) -> None:
+    """A line, on standard output unless given; of many processes only the first speaks.
+
+    A run whose terminal is gone, or whose reader has enough, goes on.
+    """
+    stream = to or sys.stdout
+    if is_first_process():
+        try:
+            print(text, file=stream, flush=True)
+        except OSError:
+            give_up(stream)
+
+
+def note(text: str) -> None:
+    """A line on how far a long command is, on standard error."""
+    say(text, to=sys.stderr)
+
+
 @contextlib.contextmanager
 def memory_errors(config: TrainConfig) -> Iterator[None]:
     """Exhausted memory of a device as a `UserError`."""
@@ -68,3 +88,10 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Of every package that decides the numbers."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """What else does: on CPUs a sum is split by the cores that the process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"devices": jax.device_count(), "device": jax.devices()[0].device_kind}
+    return found | ({"cores": cores} if jax.default_backend() == "cpu" else {})

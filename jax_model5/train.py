@@ -16,9 +16,9 @@ from jax_model5.config import TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import disk_errors, one_line_errors
 from jax_model5.programs import Programs, steps
-from jax_model5.record import Diverged, ProgressLine, Recorder, Sink, note, say
+from jax_model5.record import Diverged, ProgressLine, Recorder, Sink
 from jax_model5.run_folder import RunFolder
-from jax_model5.startup import is_first_process, memory_errors, set_up_jax
+from jax_model5.startup import is_first_process, memory_errors, note, say, set_up_jax
 from jax_model5.step import TrainState
 from jax_model5.trees import merge
 
@@ -100,9 +100,12 @@ def _run(
     config, checkpoints = folder.config, folder.checkpoints
     state = checkpoints.restore(programs.abstract_state, config, corpus.fingerprint)
     start = None if state is None else int(state.step)
-    if start is not None and folder.is_finished(start):
-        say(folder.finished(start))
-        return Outcome.FINISHED
+    if start is not None and start >= config.steps:
+        if not (lacking := folder.lacking(start)):
+            say(folder.finished(start))
+            return Outcome.FINISHED
+        note(f"{config.workdir} is at its end, but has no {', no '.join(lacking)}: writing again")
+    folder.require_writable()
     sinks = [*folder.open_log(start), *trackers] if is_first_process() else []
     say(folder.introduction(corpus, programs, start or 0, given))
     if state is None:
@@ -110,7 +113,8 @@ def _run(
         state = dataclasses.replace(state, params=merge(state.params, given))
     with StopSignal() as stop:
         try:
-            state = _loop(folder, corpus, programs, sinks, stop, state)
+            if int(state.step) < config.steps:
+                state = _loop(folder, corpus, programs, sinks, stop, state)
         except Diverged as error:
             checkpoints.wait()
             note(f"{error}: stopped. {_diverged_help(checkpoints)}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import checkpoint, doctor, sharding, step, tokenizer, train
+from jax_model5 import checkpoint, disk, doctor, sharding, step, tokenizer, train
 from jax_model5.config import MeshConfig, TrainConfig, to_yaml
 from jax_model5.run_folder import RunFolder
 from tests.tiny import ROOT, run, tiny, with_model, with_optimizer
@@ -405,8 +405,9 @@ def largest_file(config: TrainConfig, number: int) -> Path:
 def edit_meta(config: TrainConfig, edit) -> None:
     path = Path(config.workdir, "checkpoints/12/meta/metadata")
     meta = json.loads(path.read_text())
+    del meta["sha256_of_the_rest"]
     edit(meta)
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(disk.sealed(meta)))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def flags(config: TrainConfig) -> list[str]:
     return [f"--{key}={text}" for key, text in texts.items()]
 
 
+HEED_HANG_UPS = [
+    *(sys.executable, "-c"),
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], "
+    "sys.argv[1:])",
+]
+"""Before a command: SIGHUP is heeded also where the tests run under nohup."""
+
+
 def start(
     *args: str, module: str = "jax_model5.train", prefix: Sequence[str] = (), **popen
 ) -> subprocess.Popen:

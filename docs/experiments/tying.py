@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from jax_model5 import record
+from jax_model5 import record, startup
 from jax_model5.batches import test_batches, train_batch
 from jax_model5.config import TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
@@ -75,7 +75,7 @@ def measure(base: TrainConfig, n_seeds: int) -> list[dict]:
             rows.append(
                 {"objective": objective, "tying": tying, "parameters": parameters} | figures
             )
-            record.note(f"{objective}, {tying}: {statistics.fmean(figures['all_token_nll']):.3f}")
+            startup.note(f"{objective}, {tying}: {statistics.fmean(figures['all_token_nll']):.3f}")
     return rows
 
 

@@ -38,7 +38,7 @@ from jax_model5.errors import (
 )
 from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.losses import n_last
-from jax_model5.record import note
+from jax_model5.startup import note
 
 PEERS = ("course", "tuned")
 _EVALS, _MATMULS = 3, 10

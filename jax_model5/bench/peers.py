@@ -10,7 +10,7 @@ from jax_model5.bench.cases import with_model
 from jax_model5.bench.rounds import Program, in_turn
 from jax_model5.config import TrainConfig, to_yaml
 from jax_model5.errors import UserError
-from jax_model5.record import note
+from jax_model5.startup import note
 
 
 def ours(config: TrainConfig, dtype: str, scratch: Path) -> Program:

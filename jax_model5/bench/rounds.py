@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_model5.errors import UserError
-from jax_model5.record import note
+from jax_model5.startup import note
 
 # Difference of two programs' losses at the same weights [nats]. Measured on a CPU: 2e-6 in float32
 # and 4e-5 in bfloat16; on a GPU float32 may mean TF32.

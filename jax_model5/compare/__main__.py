@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jax_model5 import record, tokenizer
+from jax_model5 import disk, record, tokenizer
 from jax_model5.compare import heterogeneity, measure, plan, report, summary
 from jax_model5.compare.plan import Run
 from jax_model5.config import TrainConfig, to_yaml
@@ -25,8 +25,7 @@ from jax_model5.errors import (
     require_at_least_1,
 )
 from jax_model5.losses import n_last
-from jax_model5.record import note
-from jax_model5.startup import set_up_jax
+from jax_model5.startup import note, set_up_jax
 from jax_model5.train import Outcome, train
 
 
@@ -149,7 +148,7 @@ def measure_run(
         "documents": measure.documents(run, corpus, encoding.eot_token),
     }
     path.parent.mkdir(exist_ok=True)
-    record.replace_text(path, json.dumps({"asked": asked, **figures}))
+    disk.replace_text(path, json.dumps({"asked": asked, **figures}))
     return json.loads(json.dumps(figures))  # the same types, measured now or before
 
 

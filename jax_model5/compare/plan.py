@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from jax_model5 import record
+from jax_model5 import disk, record
 from jax_model5.config import TrainConfig, flatten, parse, to_yaml
 from jax_model5.corpus import load_corpus
 from jax_model5.errors import UserError
@@ -150,7 +150,7 @@ def _seconds_per_step(name: str, config: TrainConfig, out: Path) -> float:
     key = f"{name} {hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]}"
     if key not in known:
         known[key] = time_steps(config)
-        record.replace_text(path, json.dumps(known, indent=1) + "\n")
+        disk.replace_text(path, json.dumps(known, indent=1) + "\n")
     return known[key]
 
 

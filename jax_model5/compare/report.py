@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jax_model5 import record, tokenizer
+from jax_model5 import disk, record, tokenizer
 from jax_model5.compare.summary import noise_places
 from jax_model5.config import TEST_METRICS
 from jax_model5.generate import text_of
@@ -101,7 +101,7 @@ def write(result: dict[str, Any], seconds: dict[str, Sequence[float]], out: Path
         *images,
         *_samples(result),
     ]
-    record.replace_text(out / "index.html", "\n".join(parts))
+    disk.replace_text(out / "index.html", "\n".join(parts))
 
 
 def first_rows(result: dict[str, Any]) -> str:
