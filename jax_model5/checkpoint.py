@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from jax_model5 import disk
 from jax_model5.config import TrainConfig, flatten, flatten_settings
-from jax_model5.errors import UserError
+from jax_model5.errors import UserError, require
 from jax_model5.startup import machine, note, versions
 from jax_model5.step import TrainState
 from jax_model5.trees import leaves_of
@@ -164,7 +164,15 @@ def read_params(
             "has saved no checkpoint yet" if step is None else f"has no checkpoint of step {step}"
         )
         raise UserError(f"{field}={workdir!r}: {what}; name another run")
+    require_finite(newest["params"], field, workdir)
     return newest["params"]
+
+
+def require_finite(params: dict, field: str, value: str) -> None:
+    """Raises UserError with the names of the leaves that hold NaN or infinity."""
+    is_finite = jax.device_get(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params))
+    wrong = [name for name, good in leaves_of(is_finite).items() if not good]
+    require(not wrong, field, value, f"{', '.join(wrong)} hold NaN or infinity; name others")
 
 
 def open_saved(folder: Path) -> ocp.CheckpointManager:

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -34,12 +35,14 @@ def one_line_errors() -> Iterator[None]:
     Only a command silences the libraries for good: what fails is raised, and what their callbacks
     and background tasks report is the same news again.
     """
+    sys.stdout, sys.stderr = (stream or _nowhere() for stream in (sys.stdout, sys.stderr))
     sys.unraisablehook = lambda _: None
     for source in ("absl", "asyncio"):
         logging.getLogger(source).setLevel(logging.CRITICAL)
     try:
         with _signals_raise():
             yield
+            sys.stdout.flush()
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
         print(f"{name}: stopped; what was saved is kept", file=sys.stderr)
@@ -53,6 +56,12 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has enough (`| head`)
         give_up(sys.stdout)
         raise SystemExit(141) from None
+    except OSError as error:
+        if not _fails(sys.stdout):
+            raise
+        give_up(sys.stdout)  # a full disk behind `>`
+        print(f"error: standard output: {error.strerror or error}; make room", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class Stopped(BaseException):
@@ -79,6 +88,20 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _fails(stream: TextIO) -> bool:
+    """Whether nothing can be written there; where it can, a line is ended."""
+    try:
+        os.write(stream.fileno(), b"\n")
+    except OSError:
+        return True
+    return False
+
+
+def _nowhere() -> TextIO:
+    """Where a command writes that was started without a standard output (`>&-`)."""
+    return open(os.devnull, "w", encoding="utf-8")
+
+
 def give_up(stream: TextIO) -> None:
     """What is written from here on is for nobody: the pipe is closed, or the terminal is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -102,7 +125,9 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**fields, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
+        named = re.match(r"argument (--\w+): expected one argument", message)
+        dash = f"a value that begins with a dash is written {named[1]}=-x; " if named else ""
+        raise UserError(f"{message}; {dash}--help lists the options")
 
 
 def require_at_least_1(options: argparse.Namespace, *names: str) -> None:

