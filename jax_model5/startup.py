@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +12,31 @@ from typing import Any, TextIO
 import jax
 
 from jax_model5.config import TrainConfig
-from jax_model5.errors import UserError, give_up
+from jax_model5.errors import UserError, give_up, require
 
+JOIN_SECONDS, LOST_SECONDS = 20, 15
+_LEAST_ADDRESS_SPACE = 3 << 30  # bytes
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def set_up_jax(config: TrainConfig) -> None:
-    """Precision, compile cache and processes of a run, before any array is made."""
+    """Precision, compile cache and processes of a run, before any array is made.
+
+    Raises:
+      UserError: the processes do not find each other, or the address space is too small.
+    """
+    _require_address_space()
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     keep_programs(config.data.cache_dir)
     join_processes()
+
+
+def _require_address_space() -> None:
+    """Below the limit XLA and LLVM end in an abort of C++: the default model at 2 GB."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    enough = limit == resource.RLIM_INFINITY or limit >= _LEAST_ADDRESS_SPACE
+    fix = f"the address space is too small for JAX; set it to {_LEAST_ADDRESS_SPACE >> 10} or more"
+    require(enough, "ulimit -v", limit >> 10, fix)
 
 
 def keep_programs(cache_dir: str) -> None:
@@ -31,21 +47,44 @@ def keep_programs(cache_dir: str) -> None:
 
 
 def join_processes() -> None:
-    """Joins the run's other processes: a TPU pod's, or those that three JAX_* variables name.
+    """Joins the run's other processes: those that three JAX_* variables name, or a launcher.
 
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else
+    what JAX finds of Slurm, Open MPI, Kubernetes and TPU pods.
+
+    Raises:
+      UserError: not all of them came within `JOIN_SECONDS`, or the variables are wrong.
     """
-    variables = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
     if jax.distributed.is_initialized():
         return
-    if variables[0] in os.environ:
-        try:
-            address, count, index = (os.environ[name] for name in variables)
-            jax.distributed.initialize(address, int(count), int(index))
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{', '.join(variables)}: set all three: {error}") from None
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    names = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+    given: dict[str, Any] = {}
+    if any(name in os.environ for name in names):
+        given = _given_processes(names)
+    bounds = {
+        "initialization_timeout": JOIN_SECONDS,
+        "heartbeat_timeout_seconds": LOST_SECONDS,
+        "shutdown_timeout_seconds": LOST_SECONDS,
+    }
+    try:
+        jax.distributed.initialize(**given, **bounds)
+    except ValueError as error:
+        if given or "coordinator_address should be defined" not in str(error):
+            raise
+        # no launcher: this process is alone
+
+
+def _given_processes(names: list[str]) -> dict[str, Any]:
+    try:
+        address, count, index = (os.environ[name] for name in names)
+        return {
+            "coordinator_address": address,
+            "num_processes": int(count),
+            "process_id": int(index),
+            "cluster_detection_method": "deactivate",
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{', '.join(names)}: set all three: {error}") from None
 
 
 def is_first_process() -> bool:
@@ -77,7 +116,7 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         raise UserError(
             f"batch_size={config.batch_size}: the devices' memory is too small; raise "

@@ -34,6 +34,7 @@ def distance(freezes_in_pytorch: bool) -> float:
         return max(ladder.relative(ours[name], expected[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("freezes_in_pytorch", "agree"), [(True, True), (False, False)])
 def test_frozen_leaves_are_those_without_requires_grad(freezes_in_pytorch, agree):
     assert (distance(freezes_in_pytorch) < ladder.FLOAT64_TOLERANCE) == agree

@@ -4,12 +4,18 @@ import pytest
 
 from parity_tests import faults, ladder, report
 
-CASES = [case for dtype in ladder.DTYPES for case in ladder.cases(dtype)]
+QUICK = "3 layers, tanh, untied"  # of the variants the one that is run with every test
 
 
-@pytest.mark.parametrize(
-    ("rung", "case", "config"), CASES, ids=[f"{r}, {c}, {x.model.dtype}" for r, c, x in CASES]
-)
+def cases():
+    for dtype in ladder.DTYPES:
+        for rung, case, config in ladder.cases(dtype):
+            is_slow = case.endswith("tied") and not case.endswith(QUICK)
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(rung, case, config, id=f"{rung}, {case}, {dtype}", marks=marks)
+
+
+@pytest.mark.parametrize(("rung", "case", "config"), list(cases()))
 def test_rung(rung, case, config, measurements):
     results = ladder.measure(rung, case, config)
     measurements.extend(results)

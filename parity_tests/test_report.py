@@ -15,6 +15,7 @@ def named(name):
     return next(fault for fault in faults.FAULTS if fault.name == name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ladder.DTYPES)
 def test_no_operation_differs(dtype):
     rows = list(report.rows(report.default_config(dtype)))
@@ -25,6 +26,7 @@ def test_no_operation_differs(dtype):
         assert f"{name}, gradient" in compared or name == "loss"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"gelu": "tanh", "tied_head": False}], ids=str)
 def test_no_operation_differs_without_dropout(fields):
     """One layer, the last token only: nothing that the default shapes need; each GELU and head."""

@@ -205,6 +205,7 @@ def test_a_second_start_reuses_everything(finished, configs):
     assert (finished / "results.json").read_bytes() == result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["training", "measuring"])
 def test_a_kill_changes_no_number(finished, configs, tmp_path, at):
     """SIGKILL in the middle of a run, or of the measurements after it."""
@@ -232,6 +233,7 @@ def test_a_kill_changes_no_number(finished, configs, tmp_path, at):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_second_half_stops_it_and_the_same_command_goes_on(configs, tmp_path):
     """The stop saves a checkpoint of its own; the middle one, which is measured, stays."""
     args = [*configs[:1], "--seeds", "1", "--noise_windows", "24", "--out", tmp_path]
@@ -251,6 +253,7 @@ def test_a_signal_in_the_second_half_stops_it_and_the_same_command_goes_on(confi
     assert set(result["runs"]["final_token"][0]["noise"]) == {"middle", "end"}
 
 
+@pytest.mark.slow
 def test_another_budget_in_the_same_folder_is_another_run(finished, configs, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     args = [*arguments(configs, tmp_path / "out"), "--steps", "30", "--accumulate", "4"]
@@ -260,6 +263,7 @@ def test_another_budget_in_the_same_folder_is_another_run(finished, configs, tmp
     assert [len(r["train_loss"]) for r in result["runs"]["final_token"]] == [30, 30]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_named_and_the_others_are_kept(configs, tmp_path):
     wild = tmp_path / "wild.yaml"
     text = (
@@ -280,6 +284,7 @@ def test_a_run_that_diverges_is_named_and_the_others_are_kept(configs, tmp_path)
     assert not (out / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_any_name_of_a_config_is_only_a_name(configs, tmp_path):
     """The figures of a comparison have names of their own: noise/.../scale, .../trace, ..."""
     names = ["scale", "trace", "squared_norm", "noise", "mean", "steps", "judged_by"]
@@ -359,6 +364,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(configs, tmp_path):
     assert err.splitlines()[-1].startswith(f"error: out='{tmp_path}/file/out': Not a directory")
 
 
+@pytest.mark.slow
 def test_float64_and_float32_can_be_compared(configs, tmp_path):
     double = tmp_path / "double.yaml"
     double.write_text(

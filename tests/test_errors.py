@@ -208,6 +208,16 @@ def test_what_needs_pytorch_says_so(command):
 FULL_DISK = ["bash", "-c", 'ulimit -f 20; exec "$@"', "--"]
 
 
+@pytest.mark.parametrize("kilobytes", [800_000, 1_600_000, 2_500_000])
+def test_an_address_space_too_small_is_one_line(tmp_path, text_file, kilobytes):
+    small = ["bash", "-c", f'ulimit -v {kilobytes}; exec "$@"', "--"]
+    code, out, err = run(*flags(tiny(tmp_path, text_file)), prefix=small)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: ulimit -v={kilobytes}: the address space is too small")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_while_tokenizing(tmp_path, text_file):
     code, _, err = run(*flags(tiny(tmp_path, text_file)), prefix=FULL_DISK)
     assert code == 2

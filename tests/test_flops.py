@@ -43,6 +43,7 @@ def test_the_formula_is_xla_s_count(name):
     assert sum(flops.step_flops(config).values()) == pytest.approx(counted(config), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["full blocks", "suffix block", "attention", "head"])
 def test_the_count_sees_a_wrong_part(part):
     """A part that is left out is a difference of more than 2 % in one of the cases."""

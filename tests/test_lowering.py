@@ -22,6 +22,7 @@ def lowered(config: TrainConfig, platform: str) -> str:
     return jax.export.export(train_step, platforms=[platform])(state, key, windows).mlir_module()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(

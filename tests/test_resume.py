@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jax_model5 import record
-from tests.tiny import HEED_HANG_UPS, ROOT, flags, run, start, tiny, with_optimizer
+from tests.tiny import HEED_SIGNALS, ROOT, flags, run, start, tiny, with_optimizer
 
 KILLS = 10
 STEPS = 400
@@ -50,6 +50,7 @@ def is_saving(workdir: Path) -> bool:
     return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_ten_kills_at_random_moments_change_no_number(tmp_path, long_run):
     """SIGKILL while starting, stepping and saving; each time it is started again."""
     args, expected = long_run
@@ -80,7 +81,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
     args = [*args, "--steps=200"]
     expected = [line for line in expected if int(re.search(r'"step": (\d+)', line)[1]) <= 200]
     workdir = tmp_path / "stopped"
-    process = start(*args, "--workdir", workdir, prefix=HEED_HANG_UPS)
+    process = start(*args, "--workdir", workdir, prefix=HEED_SIGNALS)
     wait_for(lambda: len(record.read(workdir / "metrics.jsonl")) > 30, process)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)

@@ -17,7 +17,7 @@ import pytest
 from jax_model5 import checkpoint, record, train
 from jax_model5.config import parse
 from jax_model5.errors import UserError
-from tests.tiny import HEED_HANG_UPS, ROOT, flags, start, tiny
+from tests.tiny import HEED_SIGNALS, ROOT, flags, start, tiny
 
 RESULTS = ("metrics.jsonl", "loss.png", "samples.txt")
 
@@ -241,7 +241,7 @@ def test_a_signal_before_the_loop_is_one_line(tmp_path, name):
     """While it tokenizes; what it has tokenized is kept."""
     source = tmp_path / "a.txt"
     source.write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(1_000_000)))
-    process = start(*flags(tiny(tmp_path, source)), prefix=HEED_HANG_UPS)
+    process = start(*flags(tiny(tmp_path, source)), prefix=HEED_SIGNALS)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/.a-*.building/tokens.bin")):
         assert time.monotonic() < deadline

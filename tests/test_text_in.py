@@ -394,6 +394,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     """16 MB of text, whose tokens as Python's numbers are 300 MB. The flat part is 100 MB."""

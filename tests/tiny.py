@@ -50,12 +50,12 @@ def flags(config: TrainConfig) -> list[str]:
     return [f"--{key}={text}" for key, text in texts.items()]
 
 
-HEED_HANG_UPS = [
+HEED_SIGNALS = [
     *(sys.executable, "-c"),
-    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], "
-    "sys.argv[1:])",
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
 ]
-"""Before a command: SIGHUP is heeded also where the tests run under nohup."""
+"""Before a command: it heeds what the tests themselves may ignore, under nohup or behind &."""
 
 
 def start(
