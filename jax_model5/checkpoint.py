@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from jax_model5 import disk
+from jax_model5 import disk, processes
 from jax_model5.config import TrainConfig, flatten, flatten_settings
 from jax_model5.errors import UserError, require
 from jax_model5.startup import machine, note, versions
@@ -193,14 +193,17 @@ def _newest_whole(
         for step in sorted(saved.all_steps(), reverse=True):
             if only not in (None, step):
                 continue
+            result, reason = None, ""
             try:
-                return read(saved, step), damaged
+                result = read(saved, step)
             except UserError:
                 raise
             except Exception as error:  # Orbax and tensorstore raise many kinds
-                reason = str(error).split("\n")[0][:120]
-                note(f"checkpoint {step} is damaged ({reason})")
-                damaged.append(step)
+                reason = str(error).split("\n")[0][:120] or type(error).__name__
+            if not processes.any_of(bool(reason)):  # what one process cannot read none restores
+                return result, damaged
+            note(f"checkpoint {step} is damaged ({reason or 'another process cannot read it'})")
+            damaged.append(step)
     return None, damaged
 
 

@@ -306,16 +306,19 @@ def _notes(config: DataConfig, found: Found) -> Iterator[str]:
 @contextlib.contextmanager
 def _alone(building: Path) -> Iterator[None]:
     """The folder, made where it lacks, for this process alone."""
+    has_waited = False
     while True:
         building.mkdir(exist_ok=True)
-        opened = os.open(building, os.O_RDONLY)
-        if not disk.lock(opened):
-            print(f"waiting for the process that tokenizes into {building.parent}", file=sys.stderr)
-            disk.lock(opened, waits=True)
-        with contextlib.suppress(FileNotFoundError):  # the other one has renamed or removed it
-            if os.path.samestat(os.stat(building), os.fstat(opened)):
+        with contextlib.suppress(FileNotFoundError):  # another has renamed or removed it
+            opened = os.open(building, os.O_RDONLY)
+            if not disk.lock(opened):
+                if not has_waited:
+                    where = building.parent
+                    print(f"waiting for the process that tokenizes into {where}", file=sys.stderr)
+                has_waited = disk.lock(opened, waits=True)
+            if os.path.exists(building) and os.path.samestat(building.stat(), os.fstat(opened)):
                 break
-        os.close(opened)
+            os.close(opened)
     try:
         yield
     finally:

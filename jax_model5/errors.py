@@ -8,8 +8,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
+
+on_failure: list[Callable[[int], None]] = []
+"""Called with the exit code where a command fails, once its line is written."""
 
 
 class UserError(Exception):
@@ -39,35 +42,38 @@ def one_line_errors() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     for source in ("absl", "asyncio"):
         logging.getLogger(source).setLevel(logging.CRITICAL)
+    code = 2
     try:
         with _signals_raise():
             yield
             sys.stdout.flush()
-    except Stopped as stopped:
-        name = signal.Signals(stopped.number).name
-        print(f"{name}: stopped; what was saved is kept", file=sys.stderr)
-        raise SystemExit(128 + stopped.number) from None
+        return
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
+        line = f"error: {error}"
+    except Stopped as stopped:
+        line, code = f"{stopped}: stopped; what was saved is kept", 128 + stopped.number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        line, code = "interrupted", 130
     except BrokenPipeError:  # whoever read our output has enough (`| head`)
+        line, code = "", 141
         give_up(sys.stdout)
-        raise SystemExit(141) from None
     except OSError as error:
         if not _fails(sys.stdout):
             raise
         give_up(sys.stdout)  # a full disk behind `>`
-        print(f"error: standard output: {error.strerror or error}; make room", file=sys.stderr)
-        raise SystemExit(2) from None
+        line = f"error: standard output: {error.strerror or error}; make room"
+    if line:
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    for end in on_failure:
+        end(code)
+    raise SystemExit(code)
 
 
 class Stopped(BaseException):
     """A signal asked the command to end."""
 
     def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
         self.number = number
 
 

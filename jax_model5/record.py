@@ -20,7 +20,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from jax_model5 import disk, startup
+from jax_model5 import disk, processes, startup
 from jax_model5.config import TrainConfig
 from jax_model5.errors import disk_errors, give_up
 from jax_model5.losses import n_last
@@ -162,7 +162,7 @@ class ProgressLine:
     def __init__(self, config: TrainConfig, step: int):
         self._config, self._test_loss = config, math.nan
         self._line = f"step {step}/{config.steps}  test {{test:.4f}}"
-        quiet = not startup.is_first_process()
+        quiet = not processes.is_first()
         console = rich.console.Console(stderr=True, highlight=False, quiet=quiet)
         self._live = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=20),

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_model5 import batches, disk, record, startup, tokenizer
+from jax_model5 import batches, disk, processes, record, startup, tokenizer
 from jax_model5.checkpoint import Checkpoints, read_params
 from jax_model5.config import TrainConfig, to_yaml
 from jax_model5.corpus import Corpus, describe
@@ -48,7 +48,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.path, os.O_RDONLY)
         try:
-            if startup.is_first_process():
+            if processes.is_first():
                 fix = "another run is writing into it; wait for its end, or name another folder"
                 require(disk.lock(folder), "workdir", workdir, fix)
             yield
@@ -97,7 +97,7 @@ class RunFolder:
     def write_results(self, corpus: Corpus, programs: Programs, state: TrainState) -> None:
         """loss.png and samples.txt, whose text is also shown."""
         text = self._sample(corpus, programs, state)
-        if startup.is_first_process():
+        if processes.is_first():
             config, records = self.config, record.read(self.log_path)
             path = self.path / "loss.png"
             if records or not path.exists():  # a picture tells more than a log that was lost

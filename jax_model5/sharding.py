@@ -33,6 +33,13 @@ def make_mesh(config: TrainConfig) -> Mesh:
         )
     axis_types = (AxisType.Auto, AxisType.Auto)
     chosen = jax.devices()[: data * fsdp]
+    left_out = {device.process_index for device in jax.devices()}
+    left_out -= {device.process_index for device in chosen}
+    if left_out:
+        raise UserError(
+            f"mesh.data={data}: a mesh of {data} x {fsdp} devices leaves out processes "
+            f"{sorted(left_out)}; use all devices, or start fewer processes"
+        )
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=chosen)
 
 

@@ -1,4 +1,4 @@
-"""JAX set up for a command: precision, compile cache, processes; who speaks, and what runs."""
+"""JAX set up for a command: precision, compile cache, processes; its words, and what runs it."""
 
 import contextlib
 import importlib.metadata
@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 import jax
 
+from jax_model5 import processes
 from jax_model5.config import TrainConfig
 from jax_model5.errors import UserError, give_up, require
 
-JOIN_SECONDS, LOST_SECONDS = 20, 15
 _LEAST_ADDRESS_SPACE = 3 << 30  # bytes
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -28,7 +28,7 @@ def set_up_jax(config: TrainConfig) -> None:
     _require_address_space()
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     keep_programs(config.data.cache_dir)
-    join_processes()
+    processes.join()
 
 
 def _require_address_space() -> None:
@@ -46,59 +46,13 @@ def keep_programs(cache_dir: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def join_processes() -> None:
-    """Joins the run's other processes: those that three JAX_* variables name, or a launcher.
-
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else
-    what JAX finds of Slurm, Open MPI, Kubernetes and TPU pods.
-
-    Raises:
-      UserError: not all of them came within `JOIN_SECONDS`, or the variables are wrong.
-    """
-    if jax.distributed.is_initialized():
-        return
-    names = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
-    given: dict[str, Any] = {}
-    if any(name in os.environ for name in names):
-        given = _given_processes(names)
-    bounds = {
-        "initialization_timeout": JOIN_SECONDS,
-        "heartbeat_timeout_seconds": LOST_SECONDS,
-        "shutdown_timeout_seconds": LOST_SECONDS,
-    }
-    try:
-        jax.distributed.initialize(**given, **bounds)
-    except ValueError as error:
-        if given or "coordinator_address should be defined" not in str(error):
-            raise
-        # no launcher: this process is alone
-
-
-def _given_processes(names: list[str]) -> dict[str, Any]:
-    try:
-        address, count, index = (os.environ[name] for name in names)
-        return {
-            "coordinator_address": address,
-            "num_processes": int(count),
-            "process_id": int(index),
-            "cluster_detection_method": "deactivate",
-        }
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{', '.join(names)}: set all three: {error}") from None
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for all. Starts no device."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
 def say(text: str, to: TextIO | None = None) -> None:
     """A line, on standard output unless given; of many processes only the first speaks.
 
     A run whose terminal is gone, or whose reader has enough, goes on.
     """
     stream = to or sys.stdout
-    if is_first_process():
+    if processes.is_first():
         try:
             print(text, file=stream, flush=True)
         except OSError:

@@ -7,18 +7,17 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from jax_model5 import processes
 from jax_model5.batches import test_batches
 from jax_model5.checkpoint import Checkpoints
-from jax_model5.config import TrainConfig, parse
+from jax_model5.config import TrainConfig, flatten, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import disk_errors, one_line_errors
 from jax_model5.programs import Programs, steps
 from jax_model5.record import Diverged, ProgressLine, Recorder, Sink
 from jax_model5.run_folder import RunFolder
-from jax_model5.startup import is_first_process, memory_errors, note, say, set_up_jax
+from jax_model5.startup import memory_errors, note, say, set_up_jax, versions
 from jax_model5.step import TrainState
 from jax_model5.trees import merge
 
@@ -41,7 +40,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.name = ""
+        self._number = self._agreed = 0
 
     def __enter__(self) -> "StopSignal":
         self._before = {
@@ -56,16 +55,22 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self.name = signal.Signals(number).name
+        self._number = number
         signal.signal(number, signal.SIG_DFL)
 
     def is_set(self, step: int) -> bool:
-        """Whether any process was asked; many processes agree on it every 10 steps."""
-        if jax.process_count() == 1:
-            return bool(self.name)
-        return step % 10 == 0 and bool(
-            multihost_utils.process_allgather(np.array(bool(self.name))).any()
-        )
+        """Whether any process was asked; many processes agree on it every 10 steps.
+
+        JAX's own `reached_preemption_sync_point` knows SIGTERM only, and takes it from Python.
+        """
+        if jax.process_count() == 1 or step % 10 == 0:
+            self._agreed = processes.any_of(self._number)
+        return bool(self._agreed)
+
+    @property
+    def name(self) -> str:
+        """The signal that some process got."""
+        return signal.Signals(self._agreed).name
 
 
 def main() -> int:
@@ -86,11 +91,20 @@ def train(config: TrainConfig, trackers: Sequence[Sink] = ()) -> Outcome:
     """
     corpus = load_corpus(config)
     fix = "make room or name another folder. What was saved is kept"
-    with disk_errors("workdir", config.workdir, fix), memory_errors(config):
+    errors = disk_errors("workdir", config.workdir, fix)
+    with processes.lost_ones_end_all(), errors, memory_errors(config):
+        processes.require_same(_what_decides(config, corpus))
         folder, programs = RunFolder(config), Programs(config)
         given = folder.given_params(programs)
         with folder.lock():
             return _run(folder, corpus, programs, given, trackers)
+
+
+def _what_decides(config: TrainConfig, corpus: Corpus) -> dict[str, object]:
+    """What has to be the same on all processes: a source and a cache may be on their own disks."""
+    fields = flatten(config)
+    del fields["data.cache_dir"], fields["data.source"]
+    return {**fields, "the tokens of data.source": corpus.fingerprint, "packages": versions()}
 
 
 def _run(
@@ -106,7 +120,7 @@ def _run(
             return Outcome.FINISHED
         note(f"{config.workdir} is at its end, but has no {', no '.join(lacking)}: writing again")
     folder.require_writable()
-    sinks = [*folder.open_log(start), *trackers] if is_first_process() else []
+    sinks = [*folder.open_log(start), *trackers] if processes.is_first() else []
     say(folder.introduction(corpus, programs, start or 0, given))
     if state is None:
         state = programs.init()

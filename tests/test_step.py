@@ -190,8 +190,8 @@ def free_port() -> int:
 BATCH_ROWS = """
 import os, sys, json, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-from jax_model5 import batches, config, corpus, sharding, startup
-startup.join_processes()
+from jax_model5 import batches, config, corpus, processes, sharding
+processes.join()
 run = config.parse(sys.argv[1:], "test")
 batch = batches.train_batch(corpus.load_corpus(run), run, 5)
 rows = sharding.to_devices(sharding.make_mesh(run), batch)

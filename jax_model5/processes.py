@@ -1,0 +1,307 @@
+"""Several processes as one run: they join, agree on what it is, and end together."""
+
+import atexit
+import contextlib
+import functools
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.lib import _jax
+from jax.experimental import multihost_utils
+
+from jax_model5.errors import UserError, on_failure
+
+JOIN_SECONDS = 20
+"""So long the processes wait for each other at the start."""
+LOST_SECONDS = 60
+"""So long after one of them is gone, at most, the others go on."""
+EXIT_CODE = 4
+"""Of a process that ends because another is gone."""
+
+_VARIABLES = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
+_BYE, _HANDSHAKE_SECONDS, _GRACE_SECONDS = b"bye\n", 10.0, 10.0
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all. Starts no device."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+# ---- joining ------------------------------------------------------------------------------------
+
+
+def join() -> None:
+    """Joins the run's other processes: those that three JAX_* variables name, or a launcher's.
+
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else
+    what JAX finds of Slurm, Open MPI, Kubernetes or a TPU pod. From then on a process that is gone
+    ends all of them.
+
+    Raises:
+      UserError: not all came within `JOIN_SECONDS`, or the variables are wrong.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = _given()
+    bounds: dict[str, Any] = {
+        "initialization_timeout": JOIN_SECONDS,
+        "heartbeat_timeout_seconds": LOST_SECONDS,
+        "shutdown_timeout_seconds": LOST_SECONDS,
+    }
+    try:
+        with _no_abort():
+            jax.distributed.initialize(**given, **bounds)
+    except ValueError as error:
+        if given or "coordinator_address should be defined" not in str(error):
+            raise UserError(f"{_named(given)}: {error}") from None
+        return  # no launcher: this process is alone
+    except OSError as error:
+        raise UserError(f"{_named(given)}: {error.strerror}; name a free port") from None
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        if "bad_cast" in reason:  # what remains of a status that has no Python form
+            reason = f"not all processes came within {JOIN_SECONDS} s"
+        _end(f"{_named(given)}: {reason}; start all of them, with one free address", 2)
+    if jax.process_count() > 1:
+        _watch_each_other()
+
+
+def _given() -> dict[str, Any]:
+    """What the variables say; nothing where none is set. They win over a launcher."""
+    if not any(name in os.environ for name in _VARIABLES):
+        return {}
+    try:
+        address, count, index = (os.environ[name] for name in _VARIABLES)
+        numbers = {"num_processes": int(count), "process_id": int(index)}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{', '.join(_VARIABLES)}: set all three: {error}") from None
+    if not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"{_VARIABLES[0]}={address!r}: write it as HOST:PORT")
+    return {"coordinator_address": address, **numbers, "cluster_detection_method": "deactivate"}
+
+
+def _named(given: dict[str, Any]) -> str:
+    if not given:
+        return "the launcher's processes"
+    return (
+        f"{_VARIABLES[0]}={given['coordinator_address']!r}, {_VARIABLES[2]}={given['process_id']}"
+    )
+
+
+_SERVICE = """
+import signal, sys, time
+from jaxlib import _jax
+for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(name, signal.SIG_IGN)
+address, n_processes, seconds = sys.argv[1], *map(int, sys.argv[2:])
+bounds = {"heartbeat_timeout": seconds, "shutdown_timeout": seconds}
+service = _jax.get_distributed_runtime_service(address, n_processes, **bounds)
+sys.stdin.read()
+time.sleep(5)
+"""
+
+
+class _Service:
+    """JAX's coordination service in a process of its own, which outlives process 0 by 5 seconds.
+
+    Inside process 0 it would be gone with it, and at that the others abort in C++ with a stack,
+    before anything in them can say why.
+    """
+
+    def __init__(self, address: str, n_processes: int, **_: Any):
+        with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:  # a taken port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("::", int(address.rpartition(":")[2])))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVICE, address, str(n_processes), str(LOST_SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def shutdown(self) -> None:
+        self._process.kill()
+
+
+@contextlib.contextmanager
+def _no_abort() -> Iterator[None]:
+    """What fails is raised. JAX leaves it to its client, which aborts in C++ with a stack.
+
+    The client takes a callback for it, which `jax.distributed.initialize` does not pass on.
+    """
+    client, service = _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service
+    raises = functools.partial(client, missed_heartbeat_callback=lambda status: None)
+    _jax.get_distributed_runtime_client = raises
+    _jax.get_distributed_runtime_service = _Service
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = client
+        _jax.get_distributed_runtime_service = service
+
+
+# ---- agreeing -----------------------------------------------------------------------------------
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """Raises UserError on every process, with the names of what is not the same on all."""
+    if jax.process_count() == 1:
+        return
+    digests = np.array([zlib.crc32(repr(value).encode()) for value in values.values()], np.uint32)
+    rows = multihost_utils.process_allgather(digests)
+    others = {
+        name: np.flatnonzero(column != column[0]).tolist()
+        for name, column in zip(values, rows.T, strict=True)
+        if (column != column[0]).any()
+    }
+    if others:
+        _watch.is_on = False  # all of them end now, each with this line
+        multihost_utils.sync_global_devices("the processes differ")
+        words = [
+            f"{name}={values[name]!r} here, but processes {indices} have another than process 0"
+            for name, indices in others.items()
+        ]
+        raise UserError(f"{'; '.join(words)}; start all with the same settings and text")
+
+
+def any_of(value: int) -> int:
+    """The largest value of all processes, the same on each of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.array(value, np.int32)).max())
+
+
+# ---- ending together ----------------------------------------------------------------------------
+
+
+class _Watch:
+    """Whether the end of another process ends this one."""
+
+    is_on = False
+
+
+_watch = _Watch()
+
+
+def _watch_each_other() -> None:
+    """Each process holds a connection to process 0: the system closes it when either is gone.
+
+    That is noticed at once, while JAX's own heartbeats take a minute and end in an abort. Where no
+    connection can be made, these remain.
+    """
+    server, code = None, np.zeros(3, np.uint32)
+    if jax.process_index() == 0:
+        server = socket.create_server(("", 0), backlog=jax.process_count())
+        code[:] = server.getsockname()[1], secrets.randbits(32), secrets.randbits(32)
+    port, *token = multihost_utils.broadcast_one_to_all(code).tolist()
+    names = multihost_utils.broadcast_one_to_all(np.frombuffer(_host_name(), np.uint8))
+    _watch.is_on = True
+    password = f"{token}\n".encode()
+    if server is not None:
+        _start(_serve, server, password)
+    else:
+        hosts = [os.environ.get(_VARIABLES[0], "").rpartition(":")[0].strip("[]")]
+        _start(_listen, [*hosts, bytes(names).rstrip(b"\0").decode()], int(port), password)
+    on_failure.append(os._exit)  # without the barrier at the end, at which the others are not
+    atexit.register(_leave)
+
+
+def _host_name() -> bytes:
+    return socket.gethostname().encode()[:256].ljust(256, b"\0")
+
+
+def _start(function: Any, *arguments: Any) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+_connections: dict[int, socket.socket] = {}
+
+
+def _serve(server: socket.socket, password: bytes) -> None:
+    """Process 0: a connection for each of the others."""
+    while len(_connections) < jax.process_count() - 1:
+        connection, _ = server.accept()
+        with contextlib.suppress(OSError, ValueError):
+            connection.settimeout(_HANDSHAKE_SECONDS)
+            lines = connection.makefile("rb")
+            if lines.readline() == password:
+                index = int(lines.readline())
+                _keep_alive(connection)
+                _connections[index] = connection
+                _start(_await_end, index, connection)
+
+
+def _listen(hosts: list[str], port: int, password: bytes) -> None:
+    """The others: their connection to process 0."""
+    for host in filter(None, hosts):
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection((host, port), _HANDSHAKE_SECONDS)
+            connection.sendall(password + f"{jax.process_index()}\n".encode())
+            _keep_alive(connection)
+            _connections[0] = connection
+            _await_end(0, connection)
+            return
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """A machine that is cut off is noticed after half a minute."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):  # not on macOS
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _await_end(index: int, connection: socket.socket) -> None:
+    said = b""
+    with contextlib.suppress(OSError):
+        said = connection.recv(64)
+    if said == _BYE or not _watch.is_on:
+        return
+    lost = int(said) if said else index
+    for other in _connections.values():
+        with contextlib.suppress(OSError):
+            other.sendall(f"{lost}\n".encode())
+    end_because(f"process {lost} of {jax.process_count()} is gone")
+
+
+def end_because(what: str) -> None:
+    """Ends this process of several with one line."""
+    again = "so this one ends too; start all of them again: they go on from the last checkpoint"
+    _end(f"{what}, {again}", EXIT_CODE)
+
+
+def _end(line: str, code: int) -> None:
+    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _leave() -> None:
+    """A process that has done its work says so; one that ends by an error does not."""
+    _watch.is_on = False
+    if not hasattr(sys, "last_value"):
+        for connection in _connections.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(_BYE)
+
+
+@contextlib.contextmanager
+def lost_ones_end_all() -> Iterator[None]:
+    """An error of communication ends this process of several as the loss that caused it does."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        threading.Event().wait(_GRACE_SECONDS)  # the connection tells which process it is
+        end_because(f"the processes have lost each other ({str(error).split(chr(10))[0][:120]})")
