@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from jax_model5.errors import UserError, on_failure
 
-JOIN_SECONDS = 20
+JOIN_SECONDS = 120
 """So long the processes wait for each other at the start."""
 LOST_SECONDS = 60
 """So long after one of them is gone, at most, the others go on."""
