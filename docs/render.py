@@ -264,6 +264,45 @@ def _gelu(result: dict[str, Any]) -> str:
     return "/".join(sorted({config["model"]["gelu"] for config in result["configs"].values()}))
 
 
+def kills() -> str:
+    """Each campaign: how many kills in which phase, and how many runs ended with the same bits."""
+    rows = []
+    for n in (1, 2):
+        found = read(f"reliability/kills_{n}.json")
+        phases = ", ".join(f"{k} {v}" for k, v in sorted(found["phases"].items()))
+        codes = ", ".join(f"{k}: {v}" for k, v in sorted(found["exit_codes"].items()))
+        runs = f"{found['equal']} of {found['runs']}"
+        rows.append([str(n), str(found["kills"]), phases, codes, runs, found["commit"]])
+    head = ["processes", "SIGKILLs", "while", "exit codes", "runs with the same bits", "commit"]
+    return markdown(head, rows)
+
+
+def memory() -> str:
+    rows = [
+        [
+            f"{row['megabytes']:,} MB `{row['kind']}`",
+            f"{row['peak_megabytes']} MB",
+            f"{row['tokens']:,}",
+            f"{row['seconds']:,} s",
+        ]
+        for row in read("reliability/memory.json")["rows"]
+    ]
+    return markdown(["file", "peak memory of the process", "tokens", "time"], rows)
+
+
+def harness() -> str:
+    rows = [
+        [
+            repr(row["continuation"]),
+            f"{row['ours'][0]:.6f}",
+            f"{row['harness'][0]:.6f}",
+            f"{row['relative_error']:.0e}",
+        ]
+        for row in read("harness/harness.json")["requests"]
+    ]
+    return markdown(["continuation", "ours [nats]", "the harness's", "relative error"], rows)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "map": file_map,
     "results": results,
@@ -275,6 +314,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "faults": faults,
     "tying": tying,
     "compared": compared,
+    "kills": kills,
+    "memory": memory,
+    "harness": harness,
 }
 
 if __name__ == "__main__":

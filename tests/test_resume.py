@@ -75,6 +75,29 @@ def test_ten_kills_at_random_moments_change_no_number(tmp_path, long_run):
     assert not is_saving(workdir)
 
 
+WIDE = {"model.vocab_size": 50257, "model.d_model": 128, "model.n_heads": 4, "model.n_layers": 2}
+
+
+@pytest.mark.slow
+def test_a_kill_changes_no_number_at_the_default_width(tmp_path, text_file):
+    """At width 16 no product is split over the cores; here they are, and a resume has to match."""
+    config = tiny(tmp_path, text_file, steps=12, checkpoint_every=2)
+    args = [*flags(config), *(f"--{key}={value}" for key, value in WIDE.items())]
+    code, _, err = run(*args)
+    assert code == 0, err
+    workdir = tmp_path / "killed"
+    for n in (3, 8):
+        process = start(*args, "--workdir", workdir)
+        wait_for(lambda n=n: len(record.read(workdir / "metrics.jsonl")) > n, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, out, err = run(*args, "--workdir", workdir)
+    assert code == 0, err
+    assert "resuming" in out
+    assert "machine" not in err
+    assert numbers(workdir) == numbers(Path(config.workdir))
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
     args, expected = long_run

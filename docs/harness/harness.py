@@ -5,8 +5,9 @@
     python docs/harness/harness.py theirs EXPORTED ours.json docs/harness/harness.json   (lm_eval's)
 
 The harness is no dependency: `pip install lm_eval torch==2.13.0` into an environment of its own. A
-request is a context and a continuation; its figure is the sum of the continuation's log-probabilities
-and whether each of its tokens is the likeliest. Contexts longer than the window are cut on the left.
+request is a context and a continuation; its figures are the sum of the continuation's
+log-probabilities, and whether each of its tokens is the likeliest. A context that is longer than
+the window is cut on the left.
 """
 
 import argparse

@@ -6,7 +6,6 @@ python docs/reliability/memory.py --out docs/reliability/memory.json
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,18 +30,23 @@ def write(path: Path, megabytes: int) -> None:
             )
 
 
+def peak_megabytes() -> int:
+    """Of this process since it was started; `ru_maxrss` would count its parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+
+
 def measure(path: Path) -> dict:
     """Peak memory of this process before and after, and what the corpus holds."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    before = peak_megabytes()
     start = time.monotonic()
     data = DataConfig(source=str(path), cache_dir=str(path.parent / "cache"))
     manifest = load_corpus(TrainConfig(data=data)).manifest
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {
         "kind": path.suffix,
         "megabytes": round(path.stat().st_size / 1e6),
-        "peak_megabytes": peak,
+        "peak_megabytes": peak_megabytes(),
         "before_megabytes": before,
         "tokens": manifest["tokens"],
         "seconds": round(seconds, 1),
