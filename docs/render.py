@@ -267,12 +267,14 @@ def _gelu(result: dict[str, Any]) -> str:
 def kills() -> str:
     """Each campaign: how many kills in which phase, and how many runs ended with the same bits."""
     rows = []
-    for n in (1, 2):
-        found = read(f"reliability/kills_{n}.json")
+    for path in sorted((ROOT / "docs/reliability").glob("kills_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
         phases = ", ".join(f"{k} {v}" for k, v in sorted(found["phases"].items()))
         codes = ", ".join(f"{k}: {v}" for k, v in sorted(found["exit_codes"].items()))
         runs = f"{found['equal']} of {found['runs']}"
-        rows.append([str(n), str(found["kills"]), phases, codes, runs, found["commit"]])
+        rows.append(
+            [str(found["processes"]), str(found["kills"]), phases, codes, runs, found["commit"]]
+        )
     head = ["processes", "SIGKILLs", "while", "exit codes", "runs with the same bits", "commit"]
     return markdown(head, rows)
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -52,27 +53,40 @@ def join() -> None:
     if jax.distributed.is_initialized():
         return
     given = _given()
-    bounds: dict[str, Any] = {
-        "initialization_timeout": JOIN_SECONDS,
-        "heartbeat_timeout_seconds": LOST_SECONDS,
-        "shutdown_timeout_seconds": LOST_SECONDS,
-    }
     try:
-        with _no_abort():
-            jax.distributed.initialize(**given, **bounds)
+        with _no_abort(), warnings.catch_warnings(action="ignore"):
+            jax.distributed.initialize(
+                **given,
+                initialization_timeout=JOIN_SECONDS,
+                heartbeat_timeout_seconds=LOST_SECONDS,
+                shutdown_timeout_seconds=LOST_SECONDS,
+            )
     except ValueError as error:
         if given or "coordinator_address should be defined" not in str(error):
             raise UserError(f"{_named(given)}: {error}") from None
-        return  # no launcher: this process is alone
+        _note_kubernetes()
+        return  # no launcher that JAX knows: this process is alone
     except OSError as error:
-        raise UserError(f"{_named(given)}: {error.strerror}; name a free port") from None
-    except RuntimeError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{_named(given)}: {reason}; name a free port") from None
+    except Exception as error:  # also what a launcher's own package raises
         reason = str(error).split("\n")[0]
+        if "before any JAX" in reason and not given:
+            return  # a notebook that has made arrays is alone
         if "bad_cast" in reason:  # what remains of a status that has no Python form
             reason = f"not all processes came within {JOIN_SECONDS} s"
-        _end(f"{_named(given)}: {reason}; start all of them, with one free address", 2)
+        on_failure.append(os._exit)  # without JAX's own goodbyes, which fail in many lines
+        fix = "start all of them, with one free address"
+        raise UserError(f"{_named(given)}: {reason}; {fix}") from None
     if jax.process_count() > 1:
         _watch_each_other()
+
+
+def _note_kubernetes() -> None:
+    """JAX finds the pods of an indexed job only with the package `kubernetes`."""
+    if "JOB_COMPLETION_INDEX" in os.environ:
+        ways = "pip install 'jax[k8s]', or set the three JAX_* variables, to join the others"
+        print(f"this pod is one of a Kubernetes job but alone: {ways}", file=sys.stderr)
 
 
 def _given() -> dict[str, Any]:
@@ -118,9 +132,11 @@ class _Service:
     """
 
     def __init__(self, address: str, n_processes: int, **_: Any):
-        with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:  # a taken port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("::", int(address.rpartition(":")[2])))
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        port = int(address.rpartition(":")[2])
+        # A taken port raises here; in the service it would be a segmentation fault.
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVICE, address, str(n_processes), str(LOST_SECONDS)],
             stdin=subprocess.PIPE,

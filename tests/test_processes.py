@@ -48,7 +48,7 @@ def launch(config, indices, n, *more, address=None, code=None, env=()):
     ]
 
 
-def ends(processes, seconds=120) -> list[tuple[int, str]]:
+def ends(processes, seconds=300) -> list[tuple[int, str]]:
     """(exit code, the lines of standard error that are no progress) of each."""
     results = []
     for process in processes:
@@ -245,7 +245,7 @@ def test_processes_of_a_launcher_join(tmp_path, text_file, launcher):
     processes = [
         start(*flags(config), env=os.environ | launcher(index), prefix=()) for index in range(2)
     ]
-    outs = [process.communicate(timeout=120) for process in processes]
+    outs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     assert "2 x cpu" in outs[0][0]
     assert "parameters" not in outs[1][0]

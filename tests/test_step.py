@@ -219,7 +219,7 @@ def test_four_processes_see_the_batch_of_one(tmp_path, text_file):
         )
 
     def result(process: subprocess.Popen) -> tuple[int, int, dict[str, list]]:
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         return json.loads(out.splitlines()[-1])
 
@@ -253,7 +253,7 @@ def test_two_processes_train_resume_and_write_once(tmp_path, text_file):
             )
             for index in range(2)
         ]
-        results = [process.communicate(timeout=120) for process in processes]
+        results = [process.communicate(timeout=300) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], results
     assert "resuming" in results[0][0]
     assert "parameters" in results[0][0]
