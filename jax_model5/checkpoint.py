@@ -128,6 +128,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and tensorstore raise many kinds
+            if isinstance(error, jax.errors.JaxRuntimeError) and processes.are_several():
+                raise  # another process is gone
             reason = str(error).split("\n")[0][:200]
             raise UserError(
                 f"workdir={str(self.folder.parent)!r}: the checkpoint cannot be written: {reason}; "

@@ -301,10 +301,10 @@ def parse(args: Sequence[str], prog: str) -> TrainConfig:
 def _workdir_of(path: str) -> dict[str, list[str]]:
     """The folder of a run means itself by its config.yaml, wherever it was copied or moved to."""
     folder, name = os.path.split(path)
-    there = (
-        os.path.exists(os.path.join(folder, file)) for file in ("metrics.jsonl", "checkpoints")
-    )
-    return {"workdir": [folder or "."]} if name == "config.yaml" and any(there) else {}
+    is_run = os.path.exists(os.path.join(folder, "metrics.jsonl"))
+    with contextlib.suppress(OSError):
+        is_run |= any(map(str.isdigit, os.listdir(os.path.join(folder, "checkpoints"))))
+    return {"workdir": [folder or "."]} if name == "config.yaml" and is_run else {}
 
 
 def config_of_run(workdir: str, prog: str) -> TrainConfig:

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import tiktoken
 
 from jax_model5 import disk, files, hub, token_file, tokenizer
 from jax_model5.config import DataConfig, TrainConfig
-from jax_model5.errors import UserError, disk_errors, require
+from jax_model5.errors import UserError, disk_errors, require, warn
 from jax_model5.readers import Found, Part, parts, split_documents
 
 _STALE_SECONDS = 7 * 86400
@@ -93,7 +92,7 @@ def _parts_of(name: str, config: DataConfig, found: Found) -> Iterator[Part]:
     if name.startswith("hf:"):
         return parts(hub.hub_texts(name[3:], config.subset or None, config, found))
     paths = files.files_of(name, found)
-    fix = "holds tokens, and beside it stands text; name one kind"
+    fix = "holds tokens, which are not joined with other sources; name their folder or a glob"
     require(not files.are_tokens(paths), "data.source", name, fix)
     return itertools.chain.from_iterable(files.parts_of(path, config, found) for path in paths)
 
@@ -134,7 +133,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
     folder = root / _cache_name(config.data)
     fix = "name a folder that can be written and has room"
     with disk_errors("data.cache_dir", config.data.cache_dir, fix):
-        if not _is_cached(folder):
+        if not is_whole(folder):
             _build(config.data, encoding, folder)
         tokens_T, manifest = _open(folder)
     return _split(tokens_T, manifest, config)
@@ -208,7 +207,7 @@ def _is_cached(folder: Path) -> bool:
         return False
     if is_whole(folder):
         return True
-    print(f"the cached tokens in {folder} are damaged: building them again", file=sys.stderr)
+    warn(f"the cached tokens in {folder} are damaged: building them again")
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
@@ -243,7 +242,7 @@ def _manifest(config: DataConfig, encoding: tiktoken.Encoding, folder: Path) -> 
     else:
         counts, found = _tokenized(config, encoding, folder)
     for line in _notes(config, found):
-        print(line, file=sys.stderr)
+        warn(line)
     named = {key: getattr(config, key) for key in ("source", "separator", "tokenizer")}
     return {**named, **counts, **dataclasses.asdict(found)}
 
@@ -314,7 +313,7 @@ def _alone(building: Path) -> Iterator[None]:
             if not disk.lock(opened):
                 if not has_waited:
                     where = building.parent
-                    print(f"waiting for the process that tokenizes into {where}", file=sys.stderr)
+                    warn(f"waiting for the process that tokenizes into {where}")
                 has_waited = disk.lock(opened, waits=True)
             if os.path.exists(building) and os.path.samestat(building.stat(), os.fstat(opened)):
                 break

@@ -63,7 +63,7 @@ def one_line_errors() -> Iterator[None]:
         give_up(sys.stdout)  # a full disk behind `>`
         line = f"error: standard output: {error.strerror or error}; make room"
     if line:
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        warn(" ".join(line.split()))
     for end in on_failure:
         end(code)
     raise SystemExit(code)
@@ -92,6 +92,14 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def warn(line: str) -> None:
+    """A line on standard error, if there is somebody to read it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        give_up(sys.stderr)
 
 
 def _fails(stream: TextIO) -> bool:

@@ -31,13 +31,14 @@ def files_of(source: str, found: Found) -> list[Path]:
     Raises:
       UserError: there are none.
     """
+    require(source.strip() != "", "data.source", source, "name a file, a folder or a glob")
     root, fix = Path(source).expanduser(), f"not a known kind of file; use {_kinds()}"
     if root.is_file():
         require(is_known(root), "data.source", source, fix)
         return [root]
     starts = [root] if root.is_dir() else _matches(source)
     seen: dict[str, Path] = {}
-    files = [path for start in starts for path in _below(start, source, found, seen)]
+    files = [path for start in starts for path in _below(start, found, seen, is_named=True)]
     require(len(files) > 0, "data.source", source, f"holds no file of {_kinds()}")
     if tokens := [path for path in files if are_tokens([path])]:
         beside = {str(path): "text beside tokens" for path in files if path not in tokens}
@@ -55,19 +56,22 @@ def _matches(source: str) -> list[Path]:
     return list(map(Path, matches))
 
 
-def _below(path: Path, source: str, found: Found, seen: dict[str, Path]) -> Iterator[Path]:
+def _below(
+    path: Path, found: Found, seen: dict[str, Path], is_named: bool = False
+) -> Iterator[Path]:
     """The known files from here on. Links are followed; what they show again is left out."""
     real = os.path.realpath(path)
     if real in seen:
         found.skipped_files[str(path)] = f"the same as {seen[real]}"
         return
     seen[real] = path
-    if path.name.startswith(".") and str(path) != source:
+    if path.name.startswith(".") and not is_named:
         found.skipped_files[str(path)] = "hidden"
     elif path.is_dir():
-        saved = _saved_dataset(path, found)
+        with _format_errors(path):
+            saved = _saved_dataset(path, found)
         for below in sorted(path.iterdir()) if saved is None else saved:
-            yield from _below(below, source, found, seen)
+            yield from _below(below, found, seen)
     elif path.is_file() and is_known(path):
         yield path
     else:

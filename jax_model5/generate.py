@@ -269,6 +269,7 @@ def read_prompt(name: str) -> str:
     """The text of a file, or of standard input, without the end of its last line."""
     with disk_errors("prompt_file", name, "name another file"):
         is_input = name == "-"
+        require(not is_input or sys.stdin is not None, "prompt_file", name, "there is no input")
         content = sys.stdin.buffer.read() if is_input else Path(name).expanduser().read_bytes()
     try:
         return content.decode().removesuffix("\n").removesuffix("\r")

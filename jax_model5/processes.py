@@ -4,11 +4,13 @@ import atexit
 import contextlib
 import functools
 import os
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,10 +18,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-from jax_model5.errors import UserError, on_failure
+from jax_model5.errors import UserError, on_failure, warn
 
 JOIN_SECONDS = 120
 """So long the processes wait for each other at the start."""
@@ -37,6 +40,11 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def are_several() -> bool:
+    """Whether the run has other processes. Starts no device where it has not."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 # ---- joining ------------------------------------------------------------------------------------
 
 
@@ -52,7 +60,9 @@ def join() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    given = _given()
+    given = _given() or _of_launcher()
+    if given is None:
+        return
     try:
         with _no_abort(), warnings.catch_warnings(action="ignore"):
             jax.distributed.initialize(
@@ -62,7 +72,7 @@ def join() -> None:
                 shutdown_timeout_seconds=LOST_SECONDS,
             )
     except ValueError as error:
-        if given or "coordinator_address should be defined" not in str(error):
+        if "process_id" in given or "coordinator_address should be defined" not in str(error):
             raise UserError(f"{_named(given)}: {error}") from None
         _note_kubernetes()
         return  # no launcher that JAX knows: this process is alone
@@ -71,7 +81,7 @@ def join() -> None:
         raise UserError(f"{_named(given)}: {reason}; name a free port") from None
     except Exception as error:  # also what a launcher's own package raises
         reason = str(error).split("\n")[0]
-        if "before any JAX" in reason and not given:
+        if "before any JAX" in reason and "process_id" not in given:
             return  # a notebook that has made arrays is alone
         if "bad_cast" in reason:  # what remains of a status that has no Python form
             reason = f"not all processes came within {JOIN_SECONDS} s"
@@ -80,6 +90,19 @@ def join() -> None:
         raise UserError(f"{_named(given)}: {reason}; {fix}") from None
     if jax.process_count() > 1:
         _watch_each_other()
+
+
+def _of_launcher() -> dict[str, Any] | None:
+    """What JAX would take wrongly from a launcher; None: this process is its only one."""
+    counts = {os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")}
+    in_plain_pod = "KUBERNETES_SERVICE_HOST" in os.environ and counts == {None}
+    if "1" in counts or (in_plain_pod and "JOB_COMPLETION_INDEX" not in os.environ):
+        return None
+    on_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    is_alone_there = re.fullmatch(r"1(\(x\d+\))?", on_node)
+    if is_alone_there or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1":
+        return {"local_device_ids": []}  # JAX would give it one device of its node
+    return {}
 
 
 def _note_kubernetes() -> None:
@@ -104,7 +127,7 @@ def _given() -> dict[str, Any]:
 
 
 def _named(given: dict[str, Any]) -> str:
-    if not given:
+    if "coordinator_address" not in given:
         return "the launcher's processes"
     return (
         f"{_VARIABLES[0]}={given['coordinator_address']!r}, {_VARIABLES[2]}={given['process_id']}"
@@ -135,8 +158,16 @@ class _Service:
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         port = int(address.rpartition(":")[2])
-        # A taken port raises here; in the service it would be a segmentation fault.
-        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+        # A taken port raises here; in the service it would be a segmentation fault. The service of
+        # a run that has just ended is there for some seconds more.
+        for seconds in (1, 2, 3, 4, 0):
+            try:
+                socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+                break
+            except OSError:
+                if seconds == 0:
+                    raise
+                time.sleep(seconds)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVICE, address, str(n_processes), str(LOST_SECONDS)],
             stdin=subprocess.PIPE,
@@ -153,7 +184,8 @@ class _Service:
 def _no_abort() -> Iterator[None]:
     """What fails is raised. JAX leaves it to its client, which aborts in C++ with a stack.
 
-    The client takes a callback for it, which `jax.distributed.initialize` does not pass on.
+    The client takes a callback for it, which `jax.distributed.initialize` does not pass on. (Once
+    joined, a process that hangs for LOST_SECONDS still ends the others by that abort.)
     """
     client, service = _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service
     raises = functools.partial(client, missed_heartbeat_callback=lambda status: None)
@@ -171,7 +203,7 @@ def _no_abort() -> Iterator[None]:
 
 def require_same(values: Mapping[str, Any]) -> None:
     """Raises UserError on every process, with the names of what is not the same on all."""
-    if jax.process_count() == 1:
+    if not are_several():
         return
     digests = np.array([zlib.crc32(repr(value).encode()) for value in values.values()], np.uint32)
     rows = multihost_utils.process_allgather(digests)
@@ -192,7 +224,7 @@ def require_same(values: Mapping[str, Any]) -> None:
 
 def any_of(value: int) -> int:
     """The largest value of all processes, the same on each of them."""
-    if jax.process_count() == 1:
+    if not are_several():
         return value
     return int(multihost_utils.process_allgather(np.array(value, np.int32)).max())
 
@@ -217,23 +249,23 @@ def _watch_each_other() -> None:
     """
     server, code = None, np.zeros(3, np.uint32)
     if jax.process_index() == 0:
-        server = socket.create_server(("", 0), backlog=jax.process_count())
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(
+            ("", 0), family=family, dualstack_ipv6=dual, backlog=jax.process_count()
+        )
         code[:] = server.getsockname()[1], secrets.randbits(32), secrets.randbits(32)
     port, *token = multihost_utils.broadcast_one_to_all(code).tolist()
-    names = multihost_utils.broadcast_one_to_all(np.frombuffer(_host_name(), np.uint8))
     _watch.is_on = True
     password = f"{token}\n".encode()
     if server is not None:
         _start(_serve, server, password)
     else:
-        hosts = [os.environ.get(_VARIABLES[0], "").rpartition(":")[0].strip("[]")]
-        _start(_listen, [*hosts, bytes(names).rstrip(b"\0").decode()], int(port), password)
+        address = distributed.global_state.coordinator_address or ""
+        _start(_listen, address.rpartition(":")[0].strip("[]"), int(port), password)
     on_failure.append(os._exit)  # without the barrier at the end, at which the others are not
+    sys.excepthook = _fail
     atexit.register(_leave)
-
-
-def _host_name() -> bytes:
-    return socket.gethostname().encode()[:256].ljust(256, b"\0")
 
 
 def _start(function: Any, *arguments: Any) -> None:
@@ -241,6 +273,7 @@ def _start(function: Any, *arguments: Any) -> None:
 
 
 _connections: dict[int, socket.socket] = {}
+_one_ends = threading.Lock()
 
 
 def _serve(server: socket.socket, password: bytes) -> None:
@@ -257,16 +290,17 @@ def _serve(server: socket.socket, password: bytes) -> None:
                 _start(_await_end, index, connection)
 
 
-def _listen(hosts: list[str], port: int, password: bytes) -> None:
+def _listen(host: str, port: int, password: bytes) -> None:
     """The others: their connection to process 0."""
-    for host in filter(None, hosts):
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((host, port), _HANDSHAKE_SECONDS)
-            connection.sendall(password + f"{jax.process_index()}\n".encode())
-            _keep_alive(connection)
-            _connections[0] = connection
-            _await_end(0, connection)
-            return
+    try:
+        connection = socket.create_connection((host, port), _HANDSHAKE_SECONDS)
+        connection.sendall(password + f"{jax.process_index()}\n".encode())
+        _keep_alive(connection)
+    except OSError as error:
+        warn(f"no connection to process 0 at {host}:{port} ({error}): its end is noticed late")
+        return
+    _connections[0] = connection
+    _await_end(0, connection)
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -284,11 +318,12 @@ def _await_end(index: int, connection: socket.socket) -> None:
         said = connection.recv(64)
     if said == _BYE or not _watch.is_on:
         return
-    lost = int(said) if said else index
-    for other in _connections.values():
-        with contextlib.suppress(OSError):
-            other.sendall(f"{lost}\n".encode())
-    end_because(f"process {lost} of {jax.process_count()} is gone")
+    lost = int(said.split()[0]) if said else index
+    with _one_ends:
+        for other in _connections.values():
+            with contextlib.suppress(OSError):
+                other.sendall(f"{lost}\n".encode())
+        end_because(f"process {lost} of {jax.process_count()} is gone")
 
 
 def end_because(what: str) -> None:
@@ -302,13 +337,18 @@ def _end(line: str, code: int) -> None:
     os._exit(code)
 
 
+def _fail(*error: Any) -> None:
+    """An error that nobody catches ends the process at once, and with it the others."""
+    sys.__excepthook__(*error)
+    os._exit(1)
+
+
 def _leave() -> None:
-    """A process that has done its work says so; one that ends by an error does not."""
+    """A process that has done its work says so."""
     _watch.is_on = False
-    if not hasattr(sys, "last_value"):
-        for connection in _connections.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(_BYE)
+    for connection in _connections.values():
+        with contextlib.suppress(OSError):
+            connection.sendall(_BYE)
 
 
 @contextlib.contextmanager
@@ -317,7 +357,7 @@ def lost_ones_end_all() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if not are_several():
             raise
         threading.Event().wait(_GRACE_SECONDS)  # the connection tells which process it is
         end_because(f"the processes have lost each other ({str(error).split(chr(10))[0][:120]})")

@@ -24,7 +24,8 @@ Rows = Iterable[tuple[int, Any]]
 
 _BLOCK, _BATCH_ROWS = 2**20, 512
 _BYTE_ORDER_MARK = "\ufeff"
-_DECODER = json.JSONDecoder(parse_int=float)  # an int of 4,301 digits is an error, and no text
+# An int of 4,301 digits is an error to Python; here it is no text, like any number.
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:4300]))
 _GAP = re.compile(r"[\s,]*")
 _LLM_C = {20240520: "<u2", 20240801: "<u4"}  # the first number of llm.c's header of 256
 _HEADER = 256 * 4  # bytes
@@ -112,7 +113,8 @@ def _document(texts: Iterable[str]) -> Iterator[Part]:
 def split_documents(parts: Iterable[Part], found: Found, splits: bool) -> Iterator[Part]:
     """Counts where a text spells END_OF_TEXT, and where `splits`, ends a document there.
 
-    The tokens are then those of tiktoken's `encode(text, allowed_special="all")`.
+    With the separator end_of_text the tokens are then those of tiktoken's
+    `encode(text, allowed_special="all")`.
     """
     is_new = False  # nothing has come since a mark
     for text, is_last in parts:
@@ -139,7 +141,7 @@ def _text(file: BinaryIO, _path: Path, _config: DataConfig, found: Found) -> Ite
 
 
 def _json_lines(file: BinaryIO, path: Path, config: DataConfig, found: Found) -> Iterator[Part]:
-    rows = ((number, line) for number, line in _lines(file, found) if not line.isspace())
+    rows = ((number, line) for number, line in _lines(file, found) if line.strip())
     return parts(texts(rows, str(path), "line", config, found))
 
 
@@ -253,16 +255,15 @@ def _is_cut(error: json.JSONDecodeError, text: str) -> bool:
 
 
 def _csv_rows(lines: Iterable[tuple[int, bytes]], dialect: str) -> Iterator[tuple[int, Any]]:
-    """The rows by the lines that they begin at; a broken quote is a ValueError."""
+    """The rows by the lines that they end at; a broken quote is a ValueError."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader((_decoded(*line) for line in lines), dialect=dialect, strict=True)
-    names, line = reader.fieldnames or (), reader.line_num + 1
+    names = reader.fieldnames or ()
     try:
         for row in reader:
-            yield line, {name: row[name] for name in names}
-            line = reader.line_num + 1
+            yield reader.line_num, {name: row[name] for name in names}
     except csv.Error as error:
-        raise ValueError(f"line {line}: {error}") from None
+        raise ValueError(f"after line {reader.line_num}: {error}") from None
 
 
 def _decoded(number: int, line: bytes) -> str:

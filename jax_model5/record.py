@@ -21,13 +21,16 @@ import rich.console
 import rich.progress
 
 from jax_model5 import disk, processes, startup
-from jax_model5.config import TrainConfig
+from jax_model5.config import TEST_METRICS, TrainConfig
 from jax_model5.errors import disk_errors, give_up
 from jax_model5.losses import n_last
 from jax_model5.startup import note
 
 ROLLING_STEPS = 50
 """Over which the standard deviation of the training loss is taken [steps]."""
+
+
+_NUMBERS = {"train": ("loss",), "eval": TEST_METRICS}
 
 
 class Diverged(Exception):
@@ -121,7 +124,8 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             record = json.loads(line.decode())
-            if record["kind"] not in ("train", "eval") or type(record["step"]) is not int:
+            numbers = [record[name] for name in _NUMBERS[record["kind"]]]
+            if type(record["step"]) is not int or not all(map(math.isfinite, numbers)):
                 raise ValueError
             records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):

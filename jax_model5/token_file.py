@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import rich.progress
 import tiktoken
 
 from jax_model5 import disk, tokenizer
+from jax_model5.errors import warn
 from jax_model5.readers import Part
 
 PROGRESS = "progress.json"
@@ -198,10 +198,10 @@ class _Meter:
         self._line = f"{n_documents:,} documents, {n_tokens:,} tokens at {rate:,.0f} tokens/s"
         self._live.update(self._task, description=f"tokenizing {self._line}")
         if not self._console.is_terminal and now - self._shown > _SILENCE_SECONDS:
-            print(f"tokenizing {self._line}", file=sys.stderr)
+            warn(f"tokenizing {self._line}")
             self._shown = now
 
     def __exit__(self, error: object, *_: object) -> None:
         self._live.stop()
         if self._line and error is None:
-            print(f"tokenized {self._line}", file=sys.stderr)
+            warn(f"tokenized {self._line}")

@@ -6,8 +6,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from jax_model5 import processes
 from jax_model5.batches import test_batches
 from jax_model5.checkpoint import Checkpoints
@@ -63,7 +61,7 @@ class StopSignal:
 
         JAX's own `reached_preemption_sync_point` knows SIGTERM only, and takes it from Python.
         """
-        if jax.process_count() == 1 or step % 10 == 0:
+        if not processes.are_several() or step % 10 == 0:
             self._agreed = processes.any_of(self._number)
         return bool(self._agreed)
 
@@ -74,8 +72,8 @@ class StopSignal:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # samples hold any text
     with one_line_errors():
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # samples hold any text
         config = parse(sys.argv[1:], "jax_model5.train")
         set_up_jax(config)
         return EXIT_CODES[train(config)]
@@ -115,7 +113,8 @@ def _run(
     state = checkpoints.restore(programs.abstract_state, config, corpus.fingerprint)
     start = None if state is None else int(state.step)
     if start is not None and start >= config.steps:
-        if not (lacking := folder.lacking(start)):
+        lacking = folder.lacking(start)
+        if not processes.any_of(bool(lacking)):
             say(folder.finished(start))
             return Outcome.FINISHED
         note(f"{config.workdir} is at its end, but has no {', no '.join(lacking)}: writing again")

@@ -261,7 +261,7 @@ UNREADABLE = {
     "latin1.txt": ("ab\nnaïve".encode("latin-1"), ["line 2", "byte 5", "UTF-8"]),
     "cut.txt": (("a" * 2**20 + "é").encode()[:-1], ["line 1", f"byte {2**20}", "UTF-8"]),
     "latin1.csv": ("text\nnaïve".encode("latin-1"), ["line 2", "byte 2", "UTF-8"]),
-    "quote.csv": (b'text\na\n"never closed\nb\n', ["line 3", "unexpected end of data"]),
+    "quote.csv": (b'text\na\n"never closed\nb\n', ["after line 2", "unexpected end of data"]),
     "cut.json": (b'[{"text": "a"},\n', ["line 2", "inside its list"]),
     "cut_row.json": (b'[{"text": "a"},\n\n {"text": "b', ["line 3", "no JSON"]),
     "late.json": (b'[{"text": "a"}\n, {"text" "b"}]' + b" " * 2**21, ["line 2", "no JSON"]),

@@ -110,7 +110,7 @@ def campaign(folder: Path, n_processes: int, n_kills: int, dice) -> Iterator[dic
     phases, ends = collections.Counter(), collections.Counter()
     n_runs = n_equal = 0
     while expected is None or sum(phases.values()) < n_kills:
-        workdir = folder / f"{n_processes}-{n_runs}"
+        workdir = folder / f"{n_processes}-{n_runs}-{expected is not None}"
         while expected is not None and sum(phases.values()) < n_kills:
             phase = dice.choice(list(PHASES))
             end = kill_one(workdir, cache, n_processes, phase, dice)
@@ -122,9 +122,11 @@ def campaign(folder: Path, n_processes: int, n_kills: int, dice) -> Iterator[dic
         errors = [process.communicate()[1] for process in processes]
         assert [process.returncode for process in processes] == [0] * n_processes, errors
         found = result(workdir)
-        expected, n_runs = expected or found, n_runs + 1
-        n_equal += found == expected
         shutil.rmtree(workdir)
+        if expected is None:
+            expected = found  # of the run that nobody disturbed
+            continue
+        n_runs, n_equal = n_runs + 1, n_equal + (found == expected)
         figures = {"processes": n_processes, "kills": sum(phases.values()), "runs": n_runs}
         yield figures | {"equal": n_equal, "phases": dict(phases), "exit_codes": dict(ends)}
 
