@@ -12,6 +12,10 @@ the window is cut on the left.
 
 import argparse
 import json
+import os
+import platform
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,10 +84,15 @@ def compare(exported: Path, found: list[list]) -> dict:
             dict(zip(names, (*(t[-60:] for t in request), mine, harness, error), strict=True))
         )
     packages = ("lm_eval", "transformers", "torch")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    machine = {"device": "cpu", "processor": platform.processor(), "cores": os.cpu_count()}
+    machine |= {name: importlib.metadata.version(name) for name in packages}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    command = shlex.join(["python", *sys.argv])
     worst = max(row["relative_error"] for row in rows)
     agree = all(row["ours"][1] == row["harness"][1] for row in rows)
-    return {**versions, "worst_relative_error": worst, "greedy_agrees": agree, "requests": rows}
+    where = {"command": command, "commit": commit, "machine": machine}
+    return {**where, "worst_relative_error": worst, "greedy_agrees": agree, "requests": rows}
 
 
 def main() -> int:
