@@ -98,7 +98,7 @@ class Checkpoints:
         def read(saved: ocp.CheckpointManager, step: int) -> tuple[dict, dict[str, Any]]:
             meta = read_meta(saved, step)
             _require_same_run(meta, config, fingerprint)
-            return _read_state(saved, step, abstract, meta), meta
+            return _read_state(saved, step, abstract), meta
 
         newest, damaged = _newest_whole(self.folder, read)
         if newest is None:
@@ -155,8 +155,8 @@ def read_params(
             "python -m jax_model5.huggingface import wrote"
         )
 
-    def read(saved: ocp.CheckpointManager, at: int) -> dict:
-        return _read_state(saved, at, {"params": abstract}, read_meta(saved, at))
+    def read(saved: ocp.CheckpointManager, at: int) -> tuple[dict, dict[str, Any]]:
+        return _read_state(saved, at, {"params": abstract}), read_meta(saved, at)
 
     newest, damaged = _newest_whole(folder, read, step)
     if newest is None and damaged:
@@ -166,8 +166,9 @@ def read_params(
             "has saved no checkpoint yet" if step is None else f"has no checkpoint of step {step}"
         )
         raise UserError(f"{field}={workdir!r}: {what}; name another run")
-    require_finite(newest["params"], field, workdir)
-    return newest["params"]
+    params = newest[0]["params"]
+    require_finite(params, field, workdir)
+    return params
 
 
 def require_finite(params: dict, field: str, value: str) -> None:
@@ -178,9 +179,17 @@ def require_finite(params: dict, field: str, value: str) -> None:
 
 
 def open_saved(folder: Path) -> ocp.CheckpointManager:
-    """The checkpoints in a folder, only to be read; a context manager."""
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    """The checkpoints in a folder, only to be read, by each process for itself.
+
+    A context manager. A process that cannot read does not leave the others in Orbax's barrier.
+    """
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
     return ocp.CheckpointManager(folder.absolute(), item_handlers=handlers, options=options)
 
 
@@ -195,15 +204,18 @@ def _newest_whole(
         for step in sorted(saved.all_steps(), reverse=True):
             if only not in (None, step):
                 continue
-            result, reason = None, ""
+            tree, meta, reason = {}, {}, ""
             try:
-                result = read(saved, step)
+                tree, meta = read(saved, step)
             except UserError:
                 raise
             except Exception as error:  # Orbax and tensorstore raise many kinds
                 reason = str(error).split("\n")[0][:120] or type(error).__name__
-            if not processes.any_of(bool(reason)):  # what one process cannot read none restores
-                return result, damaged
+            # What one process cannot read none restores; only then are sums taken over all of them.
+            if not processes.any_of(bool(reason)):
+                reason = _changed_bits(_checksums(tree), meta)
+                if not processes.any_of(bool(reason)):
+                    return (tree, meta), damaged
             note(f"checkpoint {step} is damaged ({reason or 'another process cannot read it'})")
             damaged.append(step)
     return None, damaged
@@ -221,10 +233,8 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return meta
 
 
-def _read_state(
-    manager: ocp.CheckpointManager, step: int, abstract: dict, meta: dict[str, Any]
-) -> dict:
-    """The leaves of `abstract`, which may be a part of the state; ValueError where bits changed."""
+def _read_state(manager: ocp.CheckpointManager, step: int, abstract: dict) -> dict:
+    """The leaves of `abstract`, which may be a part of the state."""
     # Orbax casts a wrong dtype without a word, so compare before it reads.
     found, wanted = leaves_of(manager.item_metadata(step).state.tree), leaves_of(abstract)
     if "opt_state" not in abstract:
@@ -236,9 +246,7 @@ def _read_state(
         )
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     restore = ocp.args.PyTreeRestore(abstract, arguments, partial_restore=True)
-    tree = manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    _require_same_bits(_checksums(tree), meta)
-    return tree
+    return manager.restore(step, args=ocp.args.Composite(state=restore)).state
 
 
 def read_whole(manager: ocp.CheckpointManager, step: int) -> dict[str, np.ndarray]:
@@ -247,14 +255,15 @@ def read_whole(manager: ocp.CheckpointManager, step: int) -> dict[str, np.ndarra
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
     state = manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    _require_same_bits(_checksums(state), read_meta(manager, step))
+    if changed := _changed_bits(_checksums(state), read_meta(manager, step)):
+        raise ValueError(changed)
     return leaves_of(state)
 
 
-def _require_same_bits(sums: dict[str, int], meta: dict[str, Any]) -> None:
-    wrong = [leaf for leaf in sums if sums[leaf] != meta["checksums"][leaf]]
-    if wrong:
-        raise ValueError(f"the bits of {', '.join(wrong[:3])} changed on disk")
+def _changed_bits(sums: dict[str, int], meta: dict[str, Any]) -> str:
+    """Which leaves are no longer those that were saved; empty where all are."""
+    wrong = [leaf for leaf in sums if sums[leaf] != meta["checksums"].get(leaf)]
+    return f"the bits of {', '.join(wrong[:3])} changed on disk" if wrong else ""
 
 
 def config_changes(stored: dict[str, Any], config: TrainConfig) -> list[str]:

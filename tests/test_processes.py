@@ -177,8 +177,11 @@ import os, runpy
 from jax_model5 import checkpoint
 read = checkpoint._read_state
 def damaged(manager, step, *rest):
+    is_damaged = step == 12 and os.environ["JAX_PROCESS_ID"] == "1"
+    if is_damaged and "WHEN" == "before":
+        raise ValueError("this process cannot read it")
     tree = read(manager, step, *rest)
-    if step == 12 and os.environ["JAX_PROCESS_ID"] == "1":
+    if is_damaged:
         raise ValueError("this process cannot read it")
     return tree
 checkpoint._read_state = damaged
@@ -187,11 +190,14 @@ runpy.run_module("jax_model5.train", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_damage_that_one_process_sees_is_damage_for_all(tmp_path, text_file):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_damage_that_one_process_sees_is_damage_for_all(tmp_path, text_file, when):
+    """It raises before it reads, or behind it: the others are not left in a barrier."""
     config = tiny(tmp_path, text_file)
     assert ends(launch(config, range(2), 2)) == [(0, ""), (0, "")]
     longer = [("--steps=14",)] * 2
-    (code, line), second = ends(launch(config, range(2), 2, *longer, code=ONE_CANNOT_READ))
+    code = ONE_CANNOT_READ.replace("WHEN", when)
+    (code, line), second = ends(launch(config, range(2), 2, *longer, code=code))
     assert code == 0, line
     assert "checkpoint 12 is damaged (another process cannot read it)" in line
     assert "going on from checkpoint 8" in line
