@@ -19,8 +19,8 @@ import tiktoken
 
 from jax_model5 import disk, files, hub, token_file, tokenizer
 from jax_model5.config import DataConfig, TrainConfig
-from jax_model5.errors import UserError, disk_errors, require, warn
-from jax_model5.readers import Found, Part, parts, split_documents
+from jax_model5.errors import UserError, disk_errors, require, write_line
+from jax_model5.readers import Found, Part, chunks, parts, split_documents
 
 _STALE_SECONDS = 7 * 86400
 
@@ -207,7 +207,7 @@ def _is_cached(folder: Path) -> bool:
         return False
     if is_whole(folder):
         return True
-    warn(f"the cached tokens in {folder} are damaged: building them again")
+    write_line(f"the cached tokens in {folder} are damaged: building them again")
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
@@ -242,7 +242,7 @@ def _manifest(config: DataConfig, encoding: tiktoken.Encoding, folder: Path) -> 
     else:
         counts, found = _tokenized(config, encoding, folder)
     for line in _notes(config, found):
-        warn(line)
+        write_line(line)
     named = {key: getattr(config, key) for key in ("source", "separator", "tokenizer")}
     return {**named, **counts, **dataclasses.asdict(found)}
 
@@ -278,7 +278,7 @@ def _copied(paths: list[Path], encoding: tiktoken.Encoding, folder: Path) -> dic
     file = token_file.TokenFile(folder, encoding)
     arrays, n_test_files = files.token_arrays(paths, encoding.n_vocab)
     for array_T in arrays:
-        for chunk_T in token_file.chunks(array_T):
+        for chunk_T in chunks(array_T):
             file.add(chunk_T)
     n_test = sum(map(len, arrays[len(arrays) - n_test_files :]))
     counts = {"documents": max(1, file.n_of(encoding.eot_token)), "test_tokens": n_test}
@@ -313,7 +313,7 @@ def _alone(building: Path) -> Iterator[None]:
             if not disk.lock(opened):
                 if not has_waited:
                     where = building.parent
-                    warn(f"waiting for the process that tokenizes into {where}")
+                    write_line(f"waiting for the process that tokenizes into {where}")
                 has_waited = disk.lock(opened, waits=True)
             if os.path.exists(building) and os.path.samestat(building.stat(), os.fstat(opened)):
                 break

@@ -63,7 +63,7 @@ def one_line_errors() -> Iterator[None]:
         give_up(sys.stdout)  # a full disk behind `>`
         line = f"error: standard output: {error.strerror or error}; make room"
     if line:
-        warn(" ".join(line.split()))
+        write_line(" ".join(line.split()))
     for end in on_failure:
         end(code)
     raise SystemExit(code)
@@ -94,12 +94,13 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def warn(line: str) -> None:
-    """A line on standard error, if there is somebody to read it."""
+def write_line(line: str, to: TextIO | None = None) -> None:
+    """A line, on standard error unless given, if there is somebody to read it."""
+    stream = to or sys.stderr
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=stream, flush=True)
     except OSError:
-        give_up(sys.stderr)
+        give_up(stream)
 
 
 def _fails(stream: TextIO) -> bool:

@@ -19,9 +19,8 @@ import numpy as np
 
 from jax_model5.config import DataConfig
 from jax_model5.errors import UserError, disk_errors, require
-from jax_model5.readers import READERS, SEEKING, TOKENS, Found, Part, tokens_of
+from jax_model5.readers import READERS, SEEKING, TOKENS, Found, Part, chunks, tokens_of
 
-_CHUNK = 2**24  # tokens
 _TEST_NAMES = re.compile(r"(?<![a-z])(val|valid|validation|test)(?![a-z])")
 
 
@@ -190,11 +189,12 @@ def token_arrays(paths: list[Path], n_vocab: int) -> tuple[list[np.ndarray], int
 
 def _known_tokens(path: Path, n_vocab: int) -> np.ndarray:
     with _format_errors(path):
-        tokens_T = tokens_of(path)
-        for start in range(0, len(tokens_T), _CHUNK):
-            chunk_T = tokens_T[start : start + _CHUNK]
-            if chunk_T.min() < 0 or chunk_T.max() >= n_vocab:
-                at = start + int(np.argmax((chunk_T < 0) | (chunk_T >= n_vocab)))
+        tokens_T, start = tokens_of(path), 0
+        for chunk_T in chunks(tokens_T):
+            wrong = (chunk_T < 0) | (chunk_T >= n_vocab)
+            if wrong.any():
+                at = start + int(np.argmax(wrong))
                 what = f"token {at} of it is {tokens_T[at]}, but the tokenizer has {n_vocab}"
                 raise ValueError(f"{what}; name its data.tokenizer")
+            start += len(chunk_T)
     return tokens_T

@@ -22,7 +22,7 @@ from jax._src import distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-from jax_model5.errors import UserError, on_failure, warn
+from jax_model5.errors import UserError, on_failure, write_line
 
 JOIN_SECONDS = 120
 """So long the processes wait for each other at the start."""
@@ -109,7 +109,7 @@ def _note_kubernetes() -> None:
     """JAX finds the pods of an indexed job only with the package `kubernetes`."""
     if "JOB_COMPLETION_INDEX" in os.environ:
         ways = "pip install 'jax[k8s]', or set the three JAX_* variables, to join the others"
-        print(f"this pod is one of a Kubernetes job but alone: {ways}", file=sys.stderr)
+        write_line(f"this pod is one of a Kubernetes job but alone: {ways}")
 
 
 def _given() -> dict[str, Any]:
@@ -297,7 +297,9 @@ def _listen(host: str, port: int, password: bytes) -> None:
         connection.sendall(password + f"{jax.process_index()}\n".encode())
         _keep_alive(connection)
     except OSError as error:
-        warn(f"no connection to process 0 at {host}:{port} ({error}): its end is noticed late")
+        write_line(
+            f"no connection to process 0 at {host}:{port} ({error}): its end is noticed late"
+        )
         return
     _connections[0] = connection
     _await_end(0, connection)
@@ -329,12 +331,8 @@ def _await_end(index: int, connection: socket.socket) -> None:
 def end_because(what: str) -> None:
     """Ends this process of several with one line."""
     again = "so this one ends too; start all of them again: they go on from the last checkpoint"
-    _end(f"{what}, {again}", EXIT_CODE)
-
-
-def _end(line: str, code: int) -> None:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    os._exit(code)
+    write_line(f"error: {what}, {again}")
+    os._exit(EXIT_CODE)
 
 
 def _fail(*error: Any) -> None:

@@ -22,7 +22,7 @@ Part = tuple[str, bool]
 Rows = Iterable[tuple[int, Any]]
 """Each row by its number."""
 
-_BLOCK, _BATCH_ROWS = 2**20, 512
+_BLOCK, _BATCH_ROWS, _CHUNK = 2**20, 512, 2**24
 _BYTE_ORDER_MARK = "\ufeff"
 # An int of 4,301 digits is an error to Python; here it is no text, like any number.
 _DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:4300]))
@@ -331,6 +331,12 @@ def tokens_of(path: Path) -> np.ndarray:
     if size % 2:
         raise ValueError("has an odd number of bytes, and no header: tokens take two each")
     return np.memmap(path, "<u2", "r")
+
+
+def chunks(tokens_T: np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens in parts that fit into any memory."""
+    for start in range(0, len(tokens_T), _CHUNK):
+        yield tokens_T[start : start + _CHUNK]
 
 
 TOKENS = (".bin", ".npy")

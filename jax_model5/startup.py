@@ -13,7 +13,7 @@ import jax
 
 from jax_model5 import processes
 from jax_model5.config import TrainConfig
-from jax_model5.errors import UserError, give_up, require
+from jax_model5.errors import UserError, require, write_line
 
 _LEAST_ADDRESS_SPACE = 3 << 30  # bytes
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -51,12 +51,8 @@ def say(text: str, to: TextIO | None = None) -> None:
 
     A run whose terminal is gone, or whose reader has enough, goes on.
     """
-    stream = to or sys.stdout
     if processes.is_first():
-        try:
-            print(text, file=stream, flush=True)
-        except OSError:
-            give_up(stream)
+        write_line(text, to or sys.stdout)
 
 
 def note(text: str) -> None:

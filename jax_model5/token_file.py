@@ -16,13 +16,13 @@ import rich.progress
 import tiktoken
 
 from jax_model5 import disk, tokenizer
-from jax_model5.errors import warn
-from jax_model5.readers import Part
+from jax_model5.errors import write_line
+from jax_model5.readers import Part, chunks
 
 PROGRESS = "progress.json"
 SAVE_EVERY = 2**24
 """A kill loses the work on at most so many tokens."""
-_BATCH_PARTS, _BATCH_CHARACTERS, _CHUNK = 512, 2**22, 2**24
+_BATCH_PARTS, _BATCH_CHARACTERS = 512, 2**22
 _SILENCE_SECONDS = 10.0
 _NOTHING = hashlib.sha256().hexdigest()
 
@@ -75,11 +75,6 @@ class TokenFile:
         }
 
 
-def chunks(tokens_T: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(tokens_T), _CHUNK):
-        yield tokens_T[start : start + _CHUNK]
-
-
 # ---- text -> tokens -----------------------------------------------------------------------------
 
 
@@ -129,7 +124,7 @@ def tokenize(
 ) -> dict[str, Any]:
     """Writes tokens.bin into the folder, from where a killed process left it; what was said of it.
 
-    The text up to there is read again, which takes a tenth of the time.
+    The text up to there is read and hashed again, but not tokenized.
 
     Raises:
       Changed: start anew.
@@ -198,10 +193,10 @@ class _Meter:
         self._line = f"{n_documents:,} documents, {n_tokens:,} tokens at {rate:,.0f} tokens/s"
         self._live.update(self._task, description=f"tokenizing {self._line}")
         if not self._console.is_terminal and now - self._shown > _SILENCE_SECONDS:
-            warn(f"tokenizing {self._line}")
+            write_line(f"tokenizing {self._line}")
             self._shown = now
 
     def __exit__(self, error: object, *_: object) -> None:
         self._live.stop()
         if self._line and error is None:
-            warn(f"tokenized {self._line}")
+            write_line(f"tokenized {self._line}")

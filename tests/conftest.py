@@ -1,11 +1,14 @@
 """What the tests share: one compile cache, one small text, one tiny run."""
 
+import dataclasses
 import os
+import shutil
 
 import jax
 import pytest
 
-from tests.tiny import TEXT
+from jax_model5 import train
+from tests.tiny import TEXT, tiny
 
 # A third of the compile time, for the processes that the tests start as well. The parity ladder
 # alone (pytest parity_tests) compiles as training does.
@@ -39,3 +42,18 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, text_file):
+    """A finished run of 12 steps with checkpoints 8 and 12, never changed."""
+    config = tiny(tmp_path_factory.mktemp("finished"), text_file)
+    assert train.train(config) == "finished"
+    return config
+
+
+@pytest.fixture
+def config(finished, tmp_path):
+    """A copy of the finished run, to damage."""
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    return dataclasses.replace(finished, workdir=str(tmp_path / "run"))

@@ -3,14 +3,13 @@
 import dataclasses
 import os
 import re
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jax_model5 import checkpoint, train
+from jax_model5 import checkpoint
 from jax_model5.batches import train_batch
 from jax_model5.config import parse
 from jax_model5.corpus import load_corpus
@@ -20,22 +19,6 @@ from tests.tiny import ROOT, flags, run, tiny, with_model, with_optimizer
 
 # tensorstore reports a failed read a second time, where nobody can catch it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, text_file):
-    """A finished run of 12 steps with checkpoints 8 and 12, never changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = tiny(folder, text_file)
-    assert train.train(config) == "finished"
-    return config
-
-
-@pytest.fixture
-def config(finished, tmp_path):
-    """A copy of the finished run, to damage."""
-    shutil.copytree(finished.workdir, tmp_path / "run")
-    return dataclasses.replace(finished, workdir=str(tmp_path / "run"))
 
 
 def restore(config):

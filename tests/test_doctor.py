@@ -15,21 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import checkpoint, disk, doctor, sharding, step, tokenizer, train
+from jax_model5 import checkpoint, disk, doctor, sharding, step, tokenizer
 from jax_model5.config import MeshConfig, TrainConfig, to_yaml
 from jax_model5.run_folder import RunFolder
-from tests.tiny import ROOT, run, tiny, with_model, with_optimizer
+from tests.tiny import ROOT, run, with_model, with_optimizer
 
 # tensorstore reports a failed read a second time, where nobody can catch it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, text_file):
-    """A finished run of 12 steps with checkpoints 8 and 12, never changed."""
-    config = tiny(tmp_path_factory.mktemp("finished"), text_file)
-    assert train.train(config) == "finished"
-    return config
 
 
 @pytest.fixture

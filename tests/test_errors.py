@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,33 @@ def test_what_needs_pytorch_says_so(command):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert line.endswith("needs PyTorch; pip install -e '.[test]'")
+
+
+STREAMS = {
+    # how the streams are: (exit code, what standard error says)
+    ">&-": (0, "tokenized "),
+    "2>/dev/full": (0, ""),
+    "> /dev/full": (0, "tokenized "),
+}
+
+
+@pytest.mark.parametrize("how", STREAMS)
+def test_a_run_without_a_reader_goes_on(how, tmp_path, text_file):
+    """Also one that has to tokenize first: its words are no fault of the cache's disk."""
+    args = shlex.join([sys.executable, "-m", "jax_model5.train", *flags(tiny(tmp_path, text_file))])
+    shell = ["bash", "-c", f"{args} {how}"]
+    done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True)
+    code, said = STREAMS[how]
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(said)
+    assert (tmp_path / "run/samples.txt").exists()
+
+
+def test_bad_input_without_a_reader_keeps_its_exit_code(tmp_path, text_file):
+    args = [*flags(tiny(tmp_path, text_file)), "--steps=0"]
+    unread = ["bash", "-c", 'exec "$@" 2>/dev/full', "--"]
+    assert run(*args, prefix=unread)[0] == 2
 
 
 # As on a full disk, a write fails: no file may grow beyond 20 kB.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_model5 import record
+from jax_model5 import processes, record
 from tests.tiny import HEED_SIGNALS, ROOT, flags, run, start, tiny
 
 SHORT_WAIT = """
@@ -255,6 +255,88 @@ def test_processes_of_a_launcher_join(tmp_path, text_file, launcher):
     assert [process.returncode for process in processes] == [0, 0], outs
     assert "2 x cpu" in outs[0][0]
     assert "parameters" not in outs[1][0]
+
+
+ALONE = {
+    "a step of one task": {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "localhost"},
+    "mpirun -n 1": {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://[::1]:1"},
+    "a batch script, which is no step": {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},
+    "a plain pod": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+}
+
+
+@pytest.mark.parametrize("where", ALONE)
+def test_a_launchers_only_process_joins_none(monkeypatch, where):
+    joined = []
+    for name, value in ALONE[where].items():
+        monkeypatch.setenv(name, value)
+
+    def initialize(**given):
+        joined.append(given)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    processes.join()
+    assert len(joined) == where.startswith("a batch")
+
+
+TASKS = {
+    # what the launcher says of the node: the devices that JAX is told to take, if any
+    "1": [],
+    "1(x4)": [],
+    "2": None,
+    "8(x2),1": None,
+    "12": None,
+}
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_the_only_task_of_a_node_keeps_all_its_devices(monkeypatch, tasks):
+    """JAX would give it the one of its number on the node."""
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    expected = {} if TASKS[tasks] is None else {"local_device_ids": TASKS[tasks]}
+    assert processes._of_launcher() == expected
+
+
+UNCAUGHT = """
+import os, runpy
+from jax_model5 import processes, record
+write = record.Recorder.flush
+def flush(self):
+    if self._pending and self._pending[0] == 5 and os.environ["JAX_PROCESS_ID"] == "1":
+        raise ZeroDivisionError("a bug")
+    write(self)
+record.Recorder.flush = flush
+runpy.run_module("jax_model5.train", run_name="__main__")
+"""
+
+
+def test_an_error_that_nobody_catches_ends_all(tmp_path, text_file):
+    config = tiny(tmp_path, text_file)
+    first, second = ends(launch(config, range(2), 2, code=UNCAUGHT))
+    assert first == (4, f"error: process 1 of 2 is gone, {GONE}")
+    assert second[0] == 1
+    assert second[1].endswith("ZeroDivisionError: a bug")
+
+
+def test_a_port_that_is_free_in_a_moment_is_waited_for(monkeypatch):
+    """The service of a run that was killed holds it for some seconds more."""
+    waits, server = [], socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            server.close()
+
+    monkeypatch.setattr(processes.time, "sleep", sleep)
+    monkeypatch.setattr(processes.subprocess, "Popen", lambda *args, **how: None)
+    processes._Service(f"[::]:{server.getsockname()[1]}", 2)
+    assert waits == [1, 2]
+    taken = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    with taken, pytest.raises(OSError, match="in use"):
+        processes._Service(f"[::]:{taken.getsockname()[1]}", 2)
+    assert sum(waits) > 5  # longer than the service stays
 
 
 def test_the_variables_win_over_a_launcher(tmp_path, text_file):

@@ -1,5 +1,6 @@
 """A run is its folder: copied, moved, damaged, finished, on a disk that cannot be written."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,28 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from jax_model5 import checkpoint, record, train
+from jax_model5 import checkpoint, disk, record, train
 from jax_model5.config import parse
 from jax_model5.errors import UserError
 from tests.tiny import HEED_SIGNALS, ROOT, flags, start, tiny
 
 RESULTS = ("metrics.jsonl", "loss.png", "samples.txt")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, text_file):
-    """A finished run of 12 steps with checkpoints 8 and 12, never changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = tiny(folder, text_file)
-    assert train.train(config) == "finished"
-    return config
-
-
-@pytest.fixture
-def config(finished, tmp_path):
-    """A copy of the finished run, to damage."""
-    shutil.copytree(finished.workdir, tmp_path / "run")
-    return dataclasses.replace(finished, workdir=str(tmp_path / "run"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,6 +60,10 @@ def test_a_workdir_that_is_given_wins(config, tmp_path):
     alone = tmp_path / "config.yaml"  # lies in no run's folder
     alone.write_text(Path(path).read_text())
     assert parse(["--config", str(alone)], "test").workdir != str(tmp_path)
+    (tmp_path / "checkpoints").mkdir()  # of something else: no step is in it
+    assert parse(["--config", str(alone)], "test").workdir != str(tmp_path)
+    (tmp_path / "checkpoints/100").mkdir()
+    assert parse(["--config", str(alone)], "test").workdir == str(tmp_path)
 
 
 # ---- the log ------------------------------------------------------------------------------------
@@ -89,6 +78,12 @@ def damage(path: Path, kind: str) -> None:
         path.write_bytes(b"".join(lines))
     elif kind == "half a line":
         lines[third] = lines[third][:30] + b"\n"
+        path.write_bytes(b"".join(lines))
+    elif kind == "a changed name":
+        lines[third] = lines[third].replace(b'"loss"', b'"mose"')
+        path.write_bytes(b"".join(lines))
+    elif kind == "a changed number":
+        lines[third] = lines[third].replace(b'"loss": ', b'"loss": 1e999, "was": ')
         path.write_bytes(b"".join(lines))
     elif kind == "no record":
         lines[third] = b'[1]\n{"kind": 3, "step": 1}\n{"step": "x", "kind": "train"}\n'
@@ -108,6 +103,8 @@ LOST = {
     # kind: (what is said to be lost, how many lines are set aside)
     "garbage": ("of steps 3", 1),
     "half a line": ("of steps 3", 1),
+    "a changed name": ("of steps 3", 1),
+    "a changed number": ("of steps 3", 1),
     "no record": ("of steps 3", 3),
     "a line gone": ("of steps 3", 0),
     "zeros after a power cut": ("of steps 3-12", 0),
@@ -231,6 +228,23 @@ def test_the_cores_are_those_that_the_process_may_use(monkeypatch):
         ["taskset", "-c", "0", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout == "1\n", done.stderr
+
+
+def test_what_is_replaced_is_synced_and_its_folder_too(tmp_path, monkeypatch):
+    """Before the new file takes the old one's place, and once it has."""
+    synced = []
+
+    def fsync(file: int) -> None:
+        synced.append(os.path.basename(os.path.realpath(f"/dev/fd/{file}")))
+
+    monkeypatch.setattr(disk.os, "fsync", fsync)
+    path = tmp_path / "a.txt"
+    disk.replace_text(path, "text")
+    assert synced == [".a.txt.partial", tmp_path.name]
+    with contextlib.suppress(RuntimeError), disk.replaced(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "text"
 
 
 # ---- signals before the first step --------------------------------------------------------------
