@@ -550,17 +550,21 @@ def test_a_long_name_fits_into_a_file_name(tmp_path):
 SMALL = """
 import json, os, signal, sys
 from jax_model5 import token_file
+from jax_model5.errors import one_line_errors
 from tests.test_text_in import built
 token_file.SAVE_EVERY, token_file._BATCH_PARTS = 1000, 3
 if sys.argv[2:]:
     write = token_file._Progress.write
-    token_file._Progress.write = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL))
-print(json.dumps(built(sys.argv[1]).manifest))
+    number = getattr(signal, sys.argv[2])
+    token_file._Progress.write = lambda *a: (write(*a), os.kill(os.getpid(), number))
+with one_line_errors():
+    print(json.dumps(built(sys.argv[1]).manifest))
 """
 
 
-def in_a_process(source: Path, *killed: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", SMALL, str(source), *killed]
+def in_a_process(source: Path, *signals: str) -> subprocess.CompletedProcess:
+    """One that gets the signal, if one is named, each time that it has saved."""
+    command = [sys.executable, "-c", SMALL, str(source), *signals]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -570,7 +574,7 @@ def test_a_kill_while_tokenizing_goes_on_where_it_was(tmp_path, change):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"text": f"{i} " * (i % 90)}) + "\n" for i in range(60)))
     n_kills = 0
-    while (done := in_a_process(source, "killed")).returncode == -signal.SIGKILL:
+    while (done := in_a_process(source, "SIGKILL")).returncode == -signal.SIGKILL:
         n_kills += 1
         (building,) = tmp_path.glob("cache/.rows-*.building")
         if n_kills == 2 and change == "tokens":
@@ -591,6 +595,17 @@ def test_a_kill_while_tokenizing_goes_on_where_it_was(tmp_path, change):
     assert (folder / "tokens.bin").read_bytes() == tokens
     times_only = {"written", "sha256_of_the_rest"}
     assert {key for key in resumed if resumed[key] != undisturbed[key]} <= times_only
+
+
+def test_a_signal_while_tokenizing_keeps_what_was_saved(tmp_path):
+    source = tmp_path / "rows.txt"
+    source.write_text("".join(f"word {i} " * 40 + "\n" for i in range(60)))
+    saved = []
+    for _ in range(2):
+        assert in_a_process(source, "SIGTERM").returncode == 128 + signal.SIGTERM
+        (progress,) = tmp_path.glob("cache/.rows-*.building/progress.json")
+        saved.append(json.loads(progress.read_text())["tokens"])
+    assert 0 < saved[0] < saved[1]
 
 
 def test_of_several_processes_one_tokenizes_and_the_others_wait(tmp_path):
