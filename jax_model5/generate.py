@@ -26,7 +26,7 @@ from jax_model5.errors import (
     require,
     require_at_least_1,
 )
-from jax_model5.model import Block, Model5, layer_norm
+from jax_model5.model import Block, LayerNorm, Model5
 from jax_model5.startup import set_up_jax
 from jax_model5.step import SAMPLE, abstract_state
 
@@ -87,7 +87,7 @@ def extend(
         variables = {"params": params, "cache": kept}
         x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, start_B=start_B)
         longer.append(changed["cache"])
-    ln_f: Callable[..., Any] = layer_norm(config, None).apply
+    ln_f: Callable[..., Any] = LayerNorm(config).apply
     return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer
 
 

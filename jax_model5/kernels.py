@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_model5 import sharding
+
 Drop = Callable[[jax.Array], jax.Array]
 
 
@@ -45,17 +47,55 @@ def _matmul_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Arr
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
 def matmul_transposed(x_BxNxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """`x @ table.T`, x_BxNxV, accumulated and kept in at least float32."""
-    B, N, D = x_BxNxD.shape
+    """`x @ table.T`, x_BxNxV, accumulated and kept in at least float32.
+
+    Its gradient is rounded to x's dtype before the two products of the backward pass, as PyTorch's
+    is under autocast: else bfloat16's largest products are float32's.
+    """
+    return _matmul_transposed_forward(x_BxNxD, table_VxD)[0]
+
+
+def _matmul_transposed_forward(x: jax.Array, table_VxD: jax.Array) -> tuple[jax.Array, tuple]:
+    B, N, D = x.shape
     # One leading axis, for the sake of the table's gradient: see `matmul`.
-    logits_MxV = jnp.einsum(
-        "md,vd->mv",
-        x_BxNxD.reshape(-1, D),
-        table_VxD.astype(x_BxNxD.dtype),
-        preferred_element_type=at_least_float32(x_BxNxD.dtype),
-    )
-    return logits_MxV.reshape(B, N, -1)
+    x_MxD = x.reshape(-1, D)
+    padded_WxD = _padded(table_VxD.astype(x.dtype), 0)
+    logits_MxW = _product("md,vd->mv", x_MxD, padded_WxD, at_least_float32(x.dtype))
+    logits_MxV = logits_MxW[:, : len(table_VxD)]
+    return logits_MxV.reshape(B, N, -1), (x_MxD, table_VxD)
+
+
+def _matmul_transposed_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_MxD, table_VxD = residuals
+    g_MxW = _padded(g.reshape(-1, g.shape[-1]).astype(x_MxD.dtype), 1)
+    padded_WxD = _padded(table_VxD.astype(x_MxD.dtype), 0)
+    gx_MxD = _product("mv,vd->md", g_MxW, padded_WxD, x_MxD.dtype)
+    g_WxD = _product("mv,md->vd", g_MxW, x_MxD, table_VxD.dtype)
+    return gx_MxD.reshape(*g.shape[:-1], -1), g_WxD[: len(table_VxD)]
+
+
+def _padded(x: jax.Array, axis: int) -> jax.Array:
+    """With zeros to a multiple of 64 tokens on a GPU: its fast products want even addresses."""
+    if not sharding.is_gpu():
+        return x
+    return jnp.pad(x, [(0, -x.shape[i] % 64 if i == axis else 0) for i in range(x.ndim)])
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=dtype)
+
+
+matmul_transposed.defvjp(_matmul_transposed_forward, _matmul_transposed_backward)
+
+
+def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
+    """`jax.nn.gelu`, the exact one by erf as in PyTorch: by erfc it costs twice as much."""
+    if approximate:
+        return jax.nn.gelu(x)
+    wide = x.astype(at_least_float32(x.dtype))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 # ---- dropout masks ------------------------------------------------------------------------------
@@ -64,31 +104,44 @@ def matmul_transposed(x_BxNxD: jax.Array, table_VxD: jax.Array) -> jax.Array:
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """`jax.random.bits(key, shape) >= rate * 2**32`: True with probability 1 - rate, to 2**-32.
 
-    A function of the key and each index. Of a threefry key the bits are those of `threefry2x32`.
+    A function of the key and each index in the batch, whichever device has the row. Of a threefry
+    key the bits are those of `threefry2x32`.
     """
+    first_row = sharding.first_row(shape[0])
     if str(jax.random.key_impl(key)) == "threefry2x32":
-        bits = threefry2x32(jax.random.key_data(key), shape)
+        bits = threefry2x32(jax.random.key_data(key), first_row, shape)
     else:
-        bits = jax.random.bits(key, shape, jnp.uint32)
-    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+        of_batch = jax.random.bits(key, (sharding.n_devices() * shape[0], *shape[1:]), jnp.uint32)
+        bits = jax.lax.dynamic_slice_in_dim(of_batch, first_row, shape[0])
+    return bits >= threshold(rate)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for all of its uses
-def threefry2x32(key_2: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """First word of Threefry-2x32-20 on the counter (index on axis 0, index on the other axes).
+def threshold(rate: float) -> jax.Array:
+    """The least 32 bits that keep an element."""
+    return jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+@functools.partial(jax.jit, static_argnums=2)  # traced and lowered once for all of its uses
+def threefry2x32(key_2: jax.Array, first_row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """First word of Threefry-2x32-20 on the counter (row in the batch, index on the other axes).
 
     The plain form is `jax.extend.random.threefry_2x32` on those counters (Salmon et al. 2011,
     "Parallel random numbers: as easy as 1, 2, 3"). One expression without memory of its own: XLA
     fuses it into the use of the mask, so that a mask is cheaper to compute again than to store.
     `jax.random.bits` makes several passes over memory on a CPU.
     """
-    keys = (key_2[0], key_2[1], key_2[0] ^ key_2[1] ^ jnp.uint32(0x1BD11BDA))
     iotas = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
-    x = iotas[0] + keys[0]
-    rest = jnp.zeros_like(x)
+    rest = jnp.zeros_like(iotas[0])
     for size, iota in zip(shape[1:], iotas[1:], strict=True):
         rest = rest * jnp.uint32(size) + iota
-    y = rest + keys[1]
+    row = iotas[0] + first_row.astype(jnp.uint32)
+    return threefry_first_word((key_2[0], key_2[1]), row, rest)
+
+
+def threefry_first_word(key: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    """Of Threefry-2x32-20 on each counter (x, y)."""
+    keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x, y = x + keys[0], y + keys[1]
     for i in range(5):
         for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
             x = x + y

@@ -11,21 +11,25 @@ and head[V, D] where the head is not tied to wte.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
+from jax_model5 import flash, sharding
 from jax_model5.config import ModelConfig
 from jax_model5.kernels import (
     at_least_float32,
     causal_attention,
+    gelu,
     keep_mask,
     masked_attention,
     matmul,
     matmul_transposed,
 )
+from jax_model5.layer_norm import layer_norm
 
 Init = Callable[..., jax.Array]
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
@@ -84,16 +88,49 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
         if deterministic or self.rate == 0:
             return x
-        keep = keep_mask(self.make_rng("dropout"), self.rate, x.shape)
+        keep = keep_mask(self.key(), self.rate, x.shape)
         self.sow("masks", "keep", keep)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
 
+    def key(self) -> jax.Array:
+        """Of the next mask."""
+        return self.make_rng("dropout")
 
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's layer norm: two-pass variance (the fast one loses 1e-2 at large means)."""
 
-    epsilon: float = LAYER_NORM_EPSILON
-    use_fast_variance: bool = False
+def parameter(
+    module: nn.Module, name: str, init: Init, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """The module's parameter in this dtype, whole, also where a device holds a shard of it."""
+    if sharding.is_on_each_device():
+        return sharding.gathered(module.get_variable("params", name), shape, dtype)
+    return module.param(name, init, shape, at_least_float32(dtype)).astype(dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias."""
+
+    config: ModelConfig
+    n_features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, fan_in = self.config, x.shape[-1]
+        kernel = parameter(self, "kernel", kernel_init(c), (fan_in, self.n_features), c.dtype)
+        bias = parameter(self, "bias", bias_init(c, fan_in), (self.n_features,), c.dtype)
+        return matmul(x, kernel) + bias
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its scale and bias."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, dtype = (self.config.d_model,), at_least_float32(self.config.dtype)
+        scale_D = parameter(self, "scale", nn.initializers.ones_init(), shape, dtype)
+        bias_D = parameter(self, "bias", nn.initializers.zeros_init(), shape, dtype)
+        return layer_norm(x, scale_D, bias_D, LAYER_NORM_EPSILON)
 
 
 class Attention(nn.Module):
@@ -113,13 +150,16 @@ class Attention(nn.Module):
         c = self.config
         B, L, D = x_BxLxD.shape
         N, H, K = n_last, c.n_heads, c.d_model // c.n_heads
+        qkv = QKV(c, name="qkv")
+        drop = Dropout(c.dropout_at("attention"), name="drop")
+        if self._is_flash(L, K) and N == L and start_B is None:
+            y_BxLxD = self._flash(qkv.side_by_side(x_BxLxD), qkv.bias_3D, drop, deterministic)
+            return Linear(c, D, name="proj")(y_BxLxD)
         q_BxHxNxK, k_BxHxLxK, v_BxHxLxK = (
             part_BxSxD.reshape(B, -1, H, K).swapaxes(1, 2)  # S is N for queries, L for the others
-            for part_BxSxD in QKV(c, name="qkv")(x_BxLxD, N)
+            for part_BxSxD in qkv(x_BxLxD, N)
         )
-        drop = functools.partial(
-            Dropout(c.dropout_at("attention"), name="drop"), deterministic=deterministic
-        )
+        drop = functools.partial(drop, deterministic=deterministic)
         if start_B is not None:
             k_BxHxLxK = self._cached("k", k_BxHxLxK, start_B)
             v_BxHxLxK = self._cached("v", v_BxHxLxK, start_B)
@@ -129,7 +169,21 @@ class Attention(nn.Module):
         else:
             y_BxHxNxK = causal_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, drop)
         y_BxHxNxK = checkpoint_name(y_BxHxNxK, "attention")
-        return linear(c, "proj", D, D)(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
+        return Linear(c, D, name="proj")(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
+
+    def _is_flash(self, L: int, K: int) -> bool:
+        """Not where masks are asked for, or are not threefry's: the kernels draw their own."""
+        fits = sharding.is_gpu() and flash.fits(L, K, self.config.dtype)
+        return fits and not self.is_mutable_collection("masks")
+
+    def _flash(
+        self, qkv_BxLx3D: jax.Array, bias_3D: jax.Array, drop: Dropout, deterministic: bool
+    ) -> jax.Array:
+        rate, keys_2x2 = 0.0 if deterministic else drop.rate, jnp.zeros((2, 2), jnp.uint32)
+        if rate:  # one for each half of the queries, as the plain form draws them
+            keys_2x2 = jnp.stack([jax.random.key_data(drop.key()) for _ in range(2)])
+        n_heads = self.config.n_heads
+        return flash.causal_attention(qkv_BxLx3D, bias_3D, keys_2x2, n_heads=n_heads, rate=rate)
 
     def _cached(self, name: str, new_BxHxTxK: jax.Array, start_B: jax.Array) -> jax.Array:
         """The window's keys or values [B, H, L, K] so far, the new ones written at start_B."""
@@ -147,18 +201,24 @@ class QKV(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, n_last: int) -> tuple[jax.Array, ...]:
+    def setup(self) -> None:
         c, D = self.config, self.config.d_model
-        dtype = at_least_float32(c.dtype)
-        kernel_Dx3D = self.param("kernel", kernel_init(c), (D, 3 * D), dtype).astype(c.dtype)
-        bias_3D = self.param("bias", bias_init(c, D), (3 * D,), dtype).astype(c.dtype)
+        self.kernel_Dx3D = parameter(self, "kernel", kernel_init(c), (D, 3 * D), c.dtype)
+        self.bias_3D = parameter(self, "bias", bias_init(c, D), (3 * D,), c.dtype)
+
+    def __call__(self, x_BxLxD: jax.Array, n_last: int) -> tuple[jax.Array, ...]:
+        D = self.config.d_model
         if n_last == x_BxLxD.shape[1]:
-            qkv_BxLx3D = matmul(x_BxLxD, kernel_Dx3D) + bias_3D
+            qkv_BxLx3D = self.side_by_side(x_BxLxD) + self.bias_3D
             return qkv_BxLx3D[..., :D], qkv_BxLx3D[..., D : 2 * D], qkv_BxLx3D[..., 2 * D :]
+        kernel_Dx3D, bias_3D = self.kernel_Dx3D, self.bias_3D
         q_BxNxD = matmul(x_BxLxD[:, -n_last:], kernel_Dx3D[:, :D]) + bias_3D[:D]
         kv_BxLx2D = matmul(x_BxLxD, kernel_Dx3D[:, D:]) + bias_3D[D:]
         return q_BxNxD, kv_BxLx2D[..., :D], kv_BxLx2D[..., D:]
+
+    def side_by_side(self, x_BxLxD: jax.Array) -> jax.Array:
+        """q, k and v in one array qkv_BxLx3D, their bias not yet added."""
+        return checkpoint_name(matmul(x_BxLxD, self.kernel_Dx3D), "qkv")
 
 
 class Block(nn.Module):
@@ -176,46 +236,30 @@ class Block(nn.Module):
         start_B: jax.Array | None = None,
     ) -> jax.Array:
         c, D, F = self.config, self.config.d_model, 4 * self.config.d_model
-        h_BxLxD = layer_norm(c, "ln_1")(x_BxLxD)
+        x_BxLxD = sharding.row_major(x_BxLxD)
+        h_BxLxD = LayerNorm(c, name="ln_1")(x_BxLxD)
         attention = Attention(c, name="attn")
         h_BxNxD = attention(h_BxLxD, n_last, deterministic=deterministic, start_B=start_B)
         h_BxNxD = Dropout(c.dropout_at("attention_output"), name="attn_drop")(
             h_BxNxD, deterministic=deterministic
         )
-        x_BxNxD = x_BxLxD[:, -n_last:] + h_BxNxD
+        x_BxNxD = checkpoint_name(x_BxLxD[:, -n_last:] + h_BxNxD, "residual")
 
-        h_BxNxF = linear(c, "fc", D, F)(layer_norm(c, "ln_2")(x_BxNxD))
-        h_BxNxF = jax.nn.gelu(h_BxNxF, approximate=c.gelu == "tanh")
-        h_BxNxD = linear(c, "out", F, D)(h_BxNxF)
-        return x_BxNxD + Dropout(c.dropout_at("mlp"), name="mlp_drop")(
+        h_BxNxF = Linear(c, F, name="fc")(LayerNorm(c, name="ln_2")(x_BxNxD))
+        h_BxNxF = checkpoint_name(h_BxNxF, "fc")
+        h_BxNxF = gelu(h_BxNxF, approximate=c.gelu == "tanh")
+        h_BxNxD = Linear(c, D, name="out")(h_BxNxF)
+        h_BxNxD = Dropout(c.dropout_at("mlp"), name="mlp_drop")(
             h_BxNxD, deterministic=deterministic
         )
+        return sharding.row_major(x_BxNxD + h_BxNxD)
 
 
-def linear(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> nn.Dense:
-    return nn.Dense(
-        fan_out,
-        dtype=config.dtype,
-        param_dtype=at_least_float32(config.dtype),
-        kernel_init=kernel_init(config),
-        bias_init=bias_init(config, fan_in),
-        dot_general=lambda x, kernel, *_, **__: matmul(x, kernel),
-        name=name,
-    )
-
-
-def layer_norm(config: ModelConfig, name: str | None) -> LayerNorm:
-    return LayerNorm(dtype=config.dtype, param_dtype=at_least_float32(config.dtype), name=name)
-
-
-_UNROLLED = 4  # layers
+_UNROLLED = 4  # layers; on a GPU any number, for a loop's stacked arrays are copied there
 
 # What the forward pass of a block keeps for its backward pass, by `model.remat`.
 _SAVED = {
-    "dots": checkpoint_policies.save_from_both_policies(
-        checkpoint_policies.dots_with_no_batch_dims_saveable,
-        checkpoint_policies.save_only_these_names("attention"),
-    ),
+    "dots": checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "fc"),
     "full": checkpoint_policies.nothing_saveable,
 }
 
@@ -228,7 +272,8 @@ def run_block(config: ModelConfig, n_last: int, *, deterministic: bool) -> Calla
 
     if config.remat == "none":
         return run
-    return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=False)
+    # A GPU's trunk is no loop, and without a barrier XLA would keep what is to be computed again.
+    return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=sharding.is_gpu())
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -248,16 +293,17 @@ class Model5(nn.Module):
 
     def setup(self) -> None:
         c, dtype = self.config, at_least_float32(self.config.dtype)
-        self.wte_VxD = self.param("wte", wte_init(c), (c.vocab_size, c.d_model), dtype)
-        self.wpe_LxD = self.param("wpe", wpe_init(c), (c.seq_len, c.d_model), dtype)
+        self.wte_VxD = parameter(self, "wte", wte_init(c), (c.vocab_size, c.d_model), dtype)
+        self.wpe_LxD = parameter(self, "wpe", wpe_init(c), (c.seq_len, c.d_model), dtype)
         # A head of its own starts as a copy: what the course's code trains on a GPU.
-        self.head_VxD = (
-            self.wte_VxD if c.tied_head else self.param("head", lambda _: jnp.copy(self.wte_VxD))
-        )
+        copy_of_wte: Init = lambda *_: jnp.copy(self.wte_VxD)  # noqa: E731
+        self.head_VxD = self.wte_VxD
+        if not c.tied_head:
+            self.head_VxD = parameter(self, "head", copy_of_wte, self.wte_VxD.shape, dtype)
         self.drop = Dropout(c.dropout_at("embedding"))
         self.trunk = Block(c)
         self.last_block = Block(c)
-        self.ln_f = layer_norm(c, None)
+        self.ln_f = LayerNorm(c)
 
     def __call__(self, tokens_BxL: jax.Array, *, n_last: int, deterministic: bool) -> jax.Array:
         return self.logits(self.features(tokens_BxL, n_last=n_last, deterministic=deterministic))
@@ -271,7 +317,8 @@ class Model5(nn.Module):
             # One compiled block for all. A shallow trunk is unrolled: 1.1 times faster on a CPU.
             # XLA may then keep what remat "dots" would compute again.
             depth = c.n_layers - 1
-            is_unrolled = depth <= _UNROLLED and c.remat != "full"
+            is_shallow = depth <= _UNROLLED or sharding.is_gpu()
+            is_unrolled = is_shallow and c.remat != "full"
             scan = nn.scan(
                 run_block(c, L, deterministic=deterministic),
                 variable_axes={"params": 0, "masks": 0},
@@ -289,3 +336,10 @@ class Model5(nn.Module):
         c = self.config
         logits_BxNxV = matmul_transposed(x_BxNxD, self.head_VxD)
         return logits_BxNxV / math.sqrt(c.d_model) if c.scale_logits else logits_BxNxV
+
+
+def applied(
+    function: Callable[[Model5], Any], config: ModelConfig, params: dict, rngs: dict
+) -> Any:
+    """`function(model)` of the model with these parameters; each is gathered once for all of it."""
+    return nn.apply(function, Model5(config))({"params": params}, rngs=rngs)

@@ -1,14 +1,21 @@
 """The device mesh, and where parameters and batches live on it."""
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_model5.config import TrainConfig
 from jax_model5.errors import UserError
+
+_AXES = ("data", "fsdp")
+ROWS, WHOLE = PartitionSpec(_AXES), PartitionSpec()
 
 
 def make_mesh(config: TrainConfig) -> Mesh:
@@ -40,7 +47,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"mesh.data={data}: a mesh of {data} x {fsdp} devices leaves out processes "
             f"{sorted(left_out)}; use all devices, or start fewer processes"
         )
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types, devices=chosen)
+    return jax.make_mesh((data, fsdp), _AXES, axis_types, devices=chosen)
 
 
 def devices() -> list[jax.Device]:
@@ -60,36 +67,126 @@ def device_memory() -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def rows_of_a_device(n_rows: int) -> int:
-    """Of a batch's rows those that one device computes, in a program traced under `jax.set_mesh`.
+def is_gpu() -> bool:
+    """Whether the program that is traced is for GPUs: the mesh's, or else JAX's default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) in ("gpu", "cuda", "rocm")
 
-    All of them where no mesh is set.
+
+def row_major(x: jax.Array) -> jax.Array:
+    """`x` as it lies in memory; XLA would make the batch its fastest axis on a GPU.
+
+    And transpose it in every layer.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    return n_rows if mesh.empty else max(1, n_rows // mesh.size)
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if is_gpu() else x
+
+
+# ---- inside a program that each device runs on its own rows -------------------------------------
+
+
+def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` on each device of the mesh that is set, on its rows and its shards."""
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def n_shards() -> int:
+    """Among how many devices of the mesh that is set a matrix is split."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1)
+
+
+def is_on_each_device() -> bool:
+    """Whether what is traced sees a device's rows and shards only."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def first_row(n_rows: int) -> jax.Array:
+    """Where in the batch this device's rows begin."""
+    return jnp.int32(n_rows * jax.lax.axis_index(_AXES) if is_on_each_device() else 0)
+
+
+def n_devices() -> int:
+    """Among how many devices the batch is split."""
+    return jax.sharding.get_abstract_mesh().size if is_on_each_device() else 1
+
+
+def mean(x: Any) -> Any:
+    """Of a tree of means over a device's rows, the means over all rows."""
+    return jax.lax.pmean(x, _AXES) if is_on_each_device() else x
+
+
+def mean_gradients(gradients: Any, specs: Any) -> Any:
+    """As `mean`, of leaves that are shards of sums over fsdp already (see `gathered`), or whole."""
+    if not is_on_each_device():
+        return gradients
+
+    def add(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axes = ("data",) if "fsdp" in spec else _AXES
+        return jax.lax.psum(leaf, axes) / n_devices()
+
+    return jax.tree.map(add, gradients, specs)
+
+
+def gathered(shard: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The parameter of this shape, in this dtype, of which a device holds a shard."""
+    axes = [axis for axis, size in enumerate(shape) if size != shard.shape[axis]]
+    return _gathered(shard, axes[0], dtype) if axes else shard.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(shard: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """It travels in `dtype`, its gradient in the shard's own: sums of many lose bits otherwise."""
+    return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def _gathered_forward(shard: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return _gathered(shard, axis, dtype), shard[:0]
+
+
+def _gathered_backward(axis: int, dtype: Any, no_rows: jax.Array, g: jax.Array) -> tuple:
+    g = g.astype(no_rows.dtype)
+    return (jax.lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+# ---- where arrays live --------------------------------------------------------------------------
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, WHOLE)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows are split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, ROWS)
+
+
+def specs(tree: Any, fsdp: int) -> Any:
+    """How each leaf is split over fsdp devices: a matrix on its largest axis that they divide.
+
+    Vectors stay whole, and a stack of layers is not split on its first axis (Rajbhandari 2020).
+    """
+
+    def spec(path: tuple, leaf: Any) -> PartitionSpec:
+        names = [getattr(key, "key", "") for key in path]
+        is_vector = names[-1:] and names[-1] in ("bias", "scale")
+        first = 1 if "trunk" in names else 0
+        axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % fsdp == 0]
+        if fsdp == 1 or is_vector or not axes:
+            return PartitionSpec()
+        axis = max(axes, key=lambda axis: leaf.shape[axis])
+        return PartitionSpec(*[None] * axis, "fsdp")
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
-    """Each array's largest axis that fsdp divides is split over fsdp (Rajbhandari et al. 2020)."""
-    fsdp = mesh.shape["fsdp"]
-
-    def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        axes = [axis for axis, size in enumerate(leaf.shape) if size % fsdp == 0]
-        spec: list[str | None] = [None] * len(leaf.shape)
-        if fsdp > 1 and axes:
-            spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(place, abstract_state)
+    """`specs` on this mesh."""
+    places = specs(abstract_state, mesh.shape["fsdp"])
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), places)
 
 
 def shards(mesh: Mesh, abstract_tree: Any) -> Any:

@@ -1,13 +1,16 @@
 """`TrainState`, and the pure functions that make it, move it one step, and evaluate it."""
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from jax_model5 import sharding
 from jax_model5.config import TEST_METRICS, TrainConfig
+from jax_model5.kernels import at_least_float32
 from jax_model5.losses import Loss, n_last, nll, position_losses
 from jax_model5.model import Model5
 from jax_model5.optimizer import optimizer, schedule, split_frozen
@@ -93,23 +96,43 @@ def loss_and_gradients(
     config: TrainConfig,
     loss: Loss = nll,
 ) -> tuple[jax.Array, dict]:
-    """Mean loss and its gradients, summed over `accumulate` micro-batches by one scan.
+    """Mean loss of a batch, and its gradients with respect to the parameters that are not frozen.
 
-    The gradients are those of the parameters that are not frozen.
+    Each device computes its own rows; over the devices only parameters and gradients travel.
     """
     moving, frozen = split_frozen(state.params, config.optimizer)
+    fsdp = sharding.n_shards()
+    specs = sharding.specs(moving, fsdp)
 
-    def mean_loss(moving: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
-        return position_losses(
-            merge(moving, frozen),
-            windows_bxL1,
-            config,
-            n_last=n_last(config),
-            deterministic=False,
-            loss=loss,
-            dropout_key=dropout_key(key, state.step, micro_batch),
-        ).mean()
+    def of_a_device(
+        moving: dict, frozen: dict, key: jax.Array, step: jax.Array, windows_bxL1: jax.Array
+    ) -> tuple[jax.Array, dict]:
+        def mean_loss(moving: dict, windows_bxL1: jax.Array, micro_batch: jax.Array) -> jax.Array:
+            return position_losses(
+                merge(moving, frozen),
+                windows_bxL1,
+                config,
+                n_last=n_last(config),
+                deterministic=False,
+                loss=loss,
+                dropout_key=dropout_key(key, step, micro_batch),
+            ).mean()
 
+        mean, gradients = _over_micro_batches(mean_loss, moving, windows_bxL1, config)
+        return sharding.mean(mean), sharding.mean_gradients(gradients, specs)
+
+    run = sharding.on_each_device(
+        of_a_device,
+        (specs, sharding.specs(frozen, fsdp), sharding.WHOLE, sharding.WHOLE, sharding.ROWS),
+        (sharding.WHOLE, specs),
+    )
+    return run(moving, frozen, key, state.step, windows_BxL1)
+
+
+def _over_micro_batches(
+    mean_loss: Callable[..., jax.Array], moving: dict, windows_BxL1: jax.Array, config: TrainConfig
+) -> tuple[jax.Array, dict]:
+    """The mean of `mean_loss(moving, windows_bxL1, index)` and its gradients, by one scan."""
     value_and_grad = jax.value_and_grad(mean_loss)
     if config.accumulate == 1:
         return value_and_grad(moving, windows_BxL1, jnp.int32(0))
@@ -119,7 +142,7 @@ def loss_and_gradients(
 
     micro = (_micro_batches(windows_BxL1, config), jnp.arange(config.accumulate))
     gradients = jax.tree.map(jnp.zeros_like, moving)
-    zeros = (jnp.zeros((), state.params["wte"].dtype), gradients)
+    zeros = (jnp.zeros((), at_least_float32(config.model.dtype)), gradients)
     total, _ = jax.lax.scan(add, zeros, micro)
     return jax.tree.map(lambda x: x / config.accumulate, total)
 
@@ -135,9 +158,14 @@ def eval_step(
 ) -> dict[str, jax.Array]:
     """Final-token and all-token NLL [nats] of one test batch, dropout off, any objective."""
 
-    def nll_of(windows_bxL1: jax.Array) -> jax.Array:
-        n = config.model.seq_len
-        return position_losses(params, windows_bxL1, config, n_last=n, deterministic=True)
+    def of_a_device(params: dict, windows_BxL1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def nll_of(windows_bxL1: jax.Array) -> jax.Array:
+            n = config.model.seq_len
+            return position_losses(params, windows_bxL1, config, n_last=n, deterministic=True)
 
-    nll_AxbxL = jax.lax.map(nll_of, _micro_batches(windows_BxL1, config))
-    return dict(zip(TEST_METRICS, (nll_AxbxL[..., -1].mean(), nll_AxbxL.mean()), strict=True))
+        nll_AxbxL = jax.lax.map(nll_of, _micro_batches(windows_BxL1, config))
+        return sharding.mean((nll_AxbxL[..., -1].mean(), nll_AxbxL.mean()))
+
+    specs = sharding.specs(params, sharding.n_shards()), sharding.ROWS
+    means = sharding.on_each_device(of_a_device, specs, sharding.WHOLE)(params, windows_BxL1)
+    return dict(zip(TEST_METRICS, means, strict=True))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch_ref.loss
 import torch_ref.model
 import torch_ref.step
-from jax_model5 import kernels, model, optimizer
+from jax_model5 import kernels, layer_norm, losses, model, optimizer
 from jax_model5.config import TrainConfig
 from parity_tests import ladder
 
@@ -117,18 +117,11 @@ def _not_rescaled(self, x):
     return x if self.mask is None or not self.training else x * self.mask
 
 
-def _layer_norm(**wrong):
-    """jax_model5.model.layer_norm with Flax's defaults where `wrong` says so."""
-
-    def layer_norm(config, name):
-        right = {"epsilon": 1e-5, "use_fast_variance": False}
-        dtypes = {"dtype": config.dtype, "param_dtype": config.dtype}
-        return flax.linen.LayerNorm(**dtypes, **right | wrong, name=name)
-
-    return layer_norm
+def _fast_variance(x, epsilon):
+    mean = x.mean(-1, keepdims=True)
+    return x - mean, jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) - mean**2 + epsilon)
 
 
-@contextlib.contextmanager
 def _no_dropout_of_its_own():
     def attention(q, k, v, is_causal, dropout_p):
         return _attention(q, k, v, is_causal=is_causal)
@@ -225,8 +218,7 @@ def _attend(scale=1.0, offset=True, through_v=True):
     return attend
 
 
-_NLL = "softmax_cross_entropy_with_integer_labels"
-_gelu, _nll, _adamw = jax.nn.gelu, getattr(optax, _NLL), optax.adamw
+_gelu, _nll, _adamw = jax.nn.gelu, losses._nll, optax.adamw
 
 
 # Wrapped as Flax wraps the methods of a module's class, which it knows by their names.
@@ -319,7 +311,7 @@ FAULTS = [
             "2 operations",
             "ln_1",
             f"{_B0}ln_1",
-            _replace(model, "layer_norm", _layer_norm(epsilon=1e-6)),
+            _replace(model, "LAYER_NORM_EPSILON", 1e-6),
         ),
         (
             "fast variance (Flax's default)",
@@ -327,7 +319,7 @@ FAULTS = [
             "2 layer norm, mean 300",
             "ln_f",
             "ln_f at mean 300",
-            _replace(model, "layer_norm", _layer_norm(use_fast_variance=True)),
+            _replace(layer_norm, "_normalized", _fast_variance),
         ),
         (
             "variance over D - 1",
@@ -458,7 +450,7 @@ FAULTS = [
             "2 operations",
             "gelu",
             f"{_B0}gelu",
-            _replace(jax.nn, "gelu", lambda x, approximate: _gelu(x, approximate=True)),
+            _replace(model, "gelu", lambda x, approximate: _gelu(x, approximate=True)),
         ),
         (
             "erf for tanh",
@@ -532,7 +524,7 @@ FAULTS = [
             "4 loss",
             "loss",
             "loss",
-            _replace(optax, _NLL, lambda x, y: _nll(x, y) / jnp.log(2.0)),
+            _replace(losses, "_nll", lambda x, y: _nll(x, y) / jnp.log(2.0)),
         ),
         # dropout
         (

@@ -205,16 +205,16 @@ def _operations(
     attention = block["attn"]
 
     def linear(params: Any, x: jax.Array) -> jax.Array:
-        return model.linear(c, "", *params["kernel"].shape).apply({"params": params}, x)
+        return model.Linear(c, params["kernel"].shape[1]).apply({"params": params}, x)
 
     return {
         "embedding": params["wte"][tokens] + params["wpe"][:L],
-        "ln_1": model.layer_norm(c, None).apply({"params": block["ln_1"]}, x),
-        "ln_2": model.layer_norm(c, None).apply({"params": block["ln_2"]}, small_x),
+        "ln_1": model.LayerNorm(c).apply({"params": block["ln_1"]}, x),
+        "ln_2": model.LayerNorm(c).apply({"params": block["ln_2"]}, small_x),
         "qkv": jnp.concatenate(model.QKV(c).apply({"params": attention["qkv"]}, x, L), -1),
         "proj": linear(attention["proj"], x),
         "fc": linear(block["fc"], x),
-        "gelu": jax.nn.gelu(x, approximate=c.gelu == "tanh"),
+        "gelu": model.gelu(x, approximate=c.gelu == "tanh"),
         "out": linear(block["out"], wide),
         "attention": model.Attention(c).apply({"params": attention}, x, L, deterministic=True),
         "block": model.Block(c).apply({"params": block}, x, L, deterministic=True),
@@ -226,7 +226,7 @@ def large_mean(config: TrainConfig) -> Comparisons:
     """Layer norm far from 0, where a one-pass variance E[x^2] - E[x]^2 loses its digits."""
     pair, c = Pair(config), config.model
     x, torch_x = pair.normal(config.batch_size, c.seq_len, c.d_model, mean=300.0)
-    ours = model.layer_norm(c, None).apply({"params": pair.params["ln_f"]}, x)
+    ours = model.LayerNorm(c).apply({"params": pair.params["ln_f"]}, x)
     yield "ln_f", ours, pair.torch_model.ln_f(torch_x).detach()
 
 

@@ -124,7 +124,7 @@ def test_threefry_is_jax_s_own():
     rows, rest = jnp.repeat(jnp.arange(3, dtype="uint32"), 20), jnp.tile(jnp.arange(20), 3)
     counters = jnp.concatenate([rows, rest.astype(jnp.uint32)])
     first_words = jax.extend.random.threefry_2x32(jax.random.key_data(key), counters)[:60]
-    ours = kernels.threefry2x32(jax.random.key_data(key), shape)
+    ours = kernels.threefry2x32(jax.random.key_data(key), jnp.int32(0), shape)
     assert np.array_equal(np.asarray(ours).ravel(), np.asarray(first_words))
     assert np.array_equal(kernels.keep_mask(key, 0.5, shape), np.asarray(ours) >= 2**31)
 

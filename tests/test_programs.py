@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import losses, sharding, train
+from jax_model5 import losses, train
 from jax_model5.batches import train_batch
 from jax_model5.corpus import load_corpus
 from jax_model5.errors import UserError
@@ -127,25 +127,6 @@ def test_a_loss_gets_the_right_logits_in_chunks_too(config, monkeypatch):
     monkeypatch.setattr(losses, "_ROWS", 3 * config.batch_size)  # 16 = 5 * 3 + 1 positions
     np.testing.assert_allclose(all_losses(), whole, rtol=1e-5)
     assert np.abs(whole - whole[:, ::-1]).max() > 1e-3, "too alike to tell"
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
-def test_a_chunk_counts_the_rows_of_one_device(shape):
-    """On 8 devices a chunk of the loss is 8 times as many positions."""
-    n_devices = shape[0] * shape[1]
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.sharding.AbstractMesh(shape, ("data", "fsdp"), axis_types=axis_types)
-    rows = []
-
-    def loss(x_BxCxD, targets_BxC):
-        rows.append(x_BxCxD.shape[0] * x_BxCxD.shape[1])
-        return x_BxCxD.sum(-1)
-
-    x_BxNxD, targets_BxN = jnp.zeros((64, 1024, 2)), jnp.zeros((64, 1024), jnp.int32)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert sharding.rows_of_a_device(64) == 64 // n_devices
-        jax.eval_shape(lambda *arguments: losses._in_chunks(loss, *arguments), x_BxNxD, targets_BxN)
-    assert set(rows) == {1024 * n_devices}
 
 
 # ---- what is around them ------------------------------------------------------------------------

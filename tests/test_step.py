@@ -16,7 +16,7 @@ import pytest
 from jax_model5 import model, step
 from jax_model5.config import TrainConfig
 from jax_model5.losses import n_last, position_losses
-from tests.tiny import MODEL, ROOT, flags, run, start, tiny
+from tests.tiny import MODEL, ROOT, eight_devices, flags, run, start, tiny
 
 PLAIN = TrainConfig(
     model=dataclasses.replace(MODEL, dropout=0.0), batch_size=8, objective="all_tokens"
@@ -157,11 +157,6 @@ def test_eval_reports_both_losses_whatever_the_objective():
 def losses(workdir) -> list[float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
-
-
-def eight_devices() -> dict[str, str]:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    return os.environ | {"XLA_FLAGS": flags}
 
 
 def test_one_and_eight_devices_train_alike(tmp_path, text_file):

@@ -1,6 +1,7 @@
 """A run that takes seconds: its text, its config, and its command line."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -77,3 +78,8 @@ def run(*args: str, module: str = "jax_model5.train", **popen) -> tuple[int, str
     process = start(*args, module=module, **popen)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def eight_devices() -> dict[str, str]:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    return os.environ | {"XLA_FLAGS": flags}

@@ -85,7 +85,7 @@ def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Ca
 
     forward = torch.compile(mean_nll) if is_compiled else mean_nll
 
-    def step(windows_BxL1: torch.Tensor) -> float:
+    def step(windows_BxL1: torch.Tensor) -> torch.Tensor:
         model.train()
         losses = []
         for micro_batch in range(config.accumulate):
@@ -97,7 +97,7 @@ def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Ca
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        return float(sum(losses))
+        return torch.stack(losses).sum()  # no number: the GPU need not wait for the host
 
     return step
 
@@ -127,14 +127,15 @@ def main() -> None:
         train = tuned_step(tuned_model, config, is_compiled=variant == "compile")
     step = 0
 
-    def run_step() -> float:
+    def run_steps(count: int) -> float:
         nonlocal step
-        batch = train_batch(corpus, config, step)
-        step += 1
-        return timed(lambda: train(torch.from_numpy(batch).to(device)))
+        batches = [train_batch(corpus, config, step + i) for i in range(count)]
+        step += count
+        train_all = lambda: [train(torch.from_numpy(b).to(device)) for b in batches]  # noqa: E731
+        return timed(train_all) / count
 
     test_batch = torch.from_numpy(test_batches(corpus, config)[0]).to(device)
-    run_step()
+    run_steps(1)
     about = {
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
@@ -147,26 +148,30 @@ def main() -> None:
 
     prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
     runs = {
-        "step": run_step,
         "eval": lambda: timed(lambda: eval_step(model, test_batch, config)),
         "generate": lambda: timed(write_text),
     }
     first_batch = torch.from_numpy(train_batch(corpus, config, 0)).to(device)
-    serve(about, runs, lambda path: initial_loss(model, first_batch, config, path))
+    serve(about, run_steps, runs, lambda path: initial_loss(model, first_batch, config, path))
 
 
 def serve(
     about: dict[str, Any],
+    run_steps: Callable[[int], float],
     runs: dict[str, Callable[[], float]],
     initial_loss: Callable[[str], float],
 ) -> None:
     """As jax_model5/bench/measure.py's: the first run of each kind is a warm-up."""
     print(json.dumps(about), flush=True)
-    warm = {"step"}
+    warm: set[str] = set()
     for line in sys.stdin:
         kind, argument = line.rstrip("\n").split(" ", 1)
         if kind == "loss":
             print(json.dumps({"loss": initial_loss(argument)}), flush=True)
+            continue
+        if kind == "step":
+            seconds = [run_steps(int(argument))]
+            print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue
         if kind not in warm:
             runs[kind]()

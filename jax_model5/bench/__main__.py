@@ -63,7 +63,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
     rounds = "times that each program has its turn; default 5"
     parser.add_argument("--rounds", type=int, default=5, help=rounds)
-    steps = "timed steps of each turn; default 3"
+    steps = "steps in a row that one turn times; default 3"
     parser.add_argument("--steps", type=int, default=3, help=steps)
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)

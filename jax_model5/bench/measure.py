@@ -2,7 +2,8 @@
 
 It prints a JSON object when its first step is done, then one for each line `step N`, `eval N`,
 `matmul N`, `generate N` or `loss PATH` of standard input: the seconds of N runs, each ended by a
-synchronization, or the loss of the first batch at the initial weights, which it writes to PATH.
+synchronization (of N steps, as in training, only the last: one figure, their mean), or the loss of
+the first batch at the initial weights, which it writes to PATH.
 """
 
 import dataclasses
@@ -48,18 +49,19 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
     ready: dict[int, np.ndarray] = {}  # drawn before the clock starts, as PyTorch's are
     stepping = steps(config, corpus, batches=ready.pop, state=state, programs=programs)
 
-    def run_step() -> float:
+    def run_steps(count: int) -> float:
         step = int(state.step)
-        ready[step] = train_batch(corpus, config, step)
-        return timed(call)
+        ready.update({i: train_batch(corpus, config, i) for i in range(step, step + count)})
+        return timed(lambda: call(count)) / count
 
-    def call() -> Any:
+    def call(count: int) -> Any:
         nonlocal state
-        _, state, metrics = next(stepping)
+        for _ in range(count):
+            _, state, metrics = next(stepping)
         return state, metrics
 
     tests = [programs.to_devices(test_batches(corpus, config)[0])]
-    run_step()
+    run_steps(1)
     about = {
         "compile_s": compile_s,
         "program_bytes": program_bytes(train_step),
@@ -68,26 +70,30 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
         "n_devices": programs.mesh.size,
     }
     runs = {
-        "step": run_step,
         "eval": lambda: timed(lambda: programs.test(state.params, tests)),
         "matmul": matmul(config, programs.mesh.size),
         "generate": lambda: timed(lambda: write_text(state.params, corpus, programs, config)),
     }
-    serve(about, runs, lambda path: initial_loss(config, corpus, programs, path))
+    serve(about, run_steps, runs, lambda path: initial_loss(config, corpus, programs, path))
 
 
 def serve(
     about: dict[str, Any],
+    run_steps: Callable[[int], float],
     runs: dict[str, Callable[[], float]],
     loss: Callable[[str], float] | None = None,
 ) -> None:
     """Answers until standard input ends. The first run of each kind is a warm-up, not timed."""
     print(json.dumps(about), flush=True)
-    warm = {"step"}
+    warm: set[str] = set()
     for line in sys.stdin:
         kind, argument = line.rstrip("\n").split(" ", 1)
         if kind == "loss" and loss:
             print(json.dumps({"loss": loss(argument)}), flush=True)
+            continue
+        if kind == "step":
+            seconds = [run_steps(int(argument))]
+            print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue
         if kind not in warm:
             runs[kind]()
