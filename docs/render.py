@@ -140,7 +140,7 @@ def programs(name: str) -> str:
             [
                 p["name"],
                 f"{step['median']:.3g} s [{step['q1']:.3g}, {step['q3']:.3g}]",
-                f"{p['eval']['median']:.2f} s",
+                f"{p['eval']['median']:.2g} s",
                 start,
                 f"{p['tokens_per_s']:,.0f}",
                 f"{p['targets_per_s']:,.0f}",
@@ -149,6 +149,18 @@ def programs(name: str) -> str:
             ]
         )
     return markdown(head, rows)
+
+
+def h100() -> str:
+    """How many times faster our step is on an H100, and how much of the peer's memory it takes."""
+    rows = []
+    for name in ("h100_final_token_before", "h100_final_token", "h100_all_tokens"):
+        run = read(f"benchmarks/{name}.json")
+        for ratio in run["ratios"]:
+            speed = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+            cells = [f"`{name}.json`", ratio["theirs"], speed, f"{ratio['memory']:.2f}"]
+            rows.append([*cells, run["commit"]])
+    return markdown(["run", "against", "times faster", "of its memory", "commit"], rows)
 
 
 KNOBS = {
@@ -309,6 +321,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "map": file_map,
     "results": results,
     "programs": programs,
+    "h100": h100,
     "generation": generation,
     "knobs": knobs,
     "sweep": sweep,

@@ -4,6 +4,8 @@ Counted are the matrix products that the step needs, two FLOPs a multiply-add, t
 as twice the forward. Not counted: elementwise work, and what is computed again to save memory.
 """
 
+from typing import NamedTuple
+
 from jax_model5.config import TrainConfig
 from jax_model5.losses import n_last
 
@@ -30,6 +32,31 @@ PEAK_BFLOAT16 = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+}
+
+
+class Chip(NamedTuple):
+    """Published figures of a chip, per chip: bytes, and bytes a second."""
+
+    kind: str  # JAX's `device_kind`, the key of `PEAK_BFLOAT16`
+    platform: str
+    memory: float
+    bandwidth: float  # of its memory
+    network: float  # into it from the chips of its host or pod
+    per_host: int  # how many that network joins
+    between_hosts: float  # into it from beyond them; 0: nothing is beyond
+
+
+# TPUs: "System architecture" of each version in Google Cloud's TPU documentation, the interchip
+# interconnect's Gbit/s over 8. NVIDIA: the data sheets of H100 SXM and A100 80GB SXM, NVLink in one
+# direction, and of the DGX systems: one network card of 400 and 200 Gbit/s a GPU.
+CHIPS = {
+    "v4": Chip("TPU v4", "tpu", 32e9, 1228e9, 300e9, 4096, 0),
+    "v5e": Chip("TPU v5 lite", "tpu", 16e9, 819e9, 200e9, 256, 0),
+    "v5p": Chip("TPU v5", "tpu", 95e9, 2765e9, 600e9, 8960, 0),
+    "v6e": Chip("TPU v6 lite", "tpu", 32e9, 1640e9, 448e9, 256, 0),
+    "h100": Chip("NVIDIA H100 80GB HBM3", "cuda", 80e9, 3350e9, 450e9, 8, 50e9),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", "cuda", 80e9, 2039e9, 300e9, 8, 25e9),
 }
 
 

@@ -1,7 +1,7 @@
 """A run's functions compiled for its mesh, and its steps as a generator."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,18 +21,23 @@ Metrics = dict[str, jax.Array]
 class Programs:
     """The functions of a config, compiled for its mesh, and the key that they all derive from.
 
+    `devices` may be absent ones, to compile for (`jax_model5.plan`).
+
     Raises:
       UserError: the mesh does not fit the devices, or JAX is not set up for the config's dtype.
     """
 
-    def __init__(self, config: TrainConfig, loss: Loss = nll):
+    def __init__(
+        self,
+        config: TrainConfig,
+        loss: Loss = nll,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         if config.model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             raise UserError("model.dtype='float64': call startup.set_up_jax(config) first")
         self.config, self.loss = config, loss
-        self.mesh = sharding.make_mesh(config)
+        self.mesh = sharding.make_mesh(config, devices)
         self._everywhere = sharding.replicated(self.mesh)
-        new_key = functools.partial(jax.random.key, config.seed, impl=config.prng)
-        self.key = jax.jit(new_key, out_shardings=self._everywhere)()
         shapes = abstract_state(config)
         self._places = sharding.state_sharding(self.mesh, shapes)
         self.abstract_state = jax.tree.map(
@@ -44,6 +49,13 @@ class Programs:
         self._init = jax.jit(init, out_shardings=self._places)
         evaluate = functools.partial(eval_step, config=config)
         self._evaluate = jax.jit(evaluate, out_shardings=self._everywhere)
+
+    @functools.cached_property
+    def key(self) -> jax.Array:
+        return jax.jit(self._new_key, out_shardings=self._everywhere)()
+
+    def _new_key(self) -> jax.Array:
+        return jax.random.key(self.config.seed, impl=self.config.prng)
 
     def init(self) -> TrainState:
         """The state before the first step."""
@@ -63,8 +75,10 @@ class Programs:
         shape = self.config.batch_size, self.config.model.seq_len + 1
         rows = sharding.batch_sharding(self.mesh)
         batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
+        key = jax.eval_shape(self._new_key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._everywhere)
         with jax.set_mesh(self.mesh):
-            return step.lower(self.abstract_state, self.key, batch).compile()
+            return step.lower(self.abstract_state, key, batch).compile()
 
     def to_devices(self, batch: np.ndarray) -> jax.Array:
         return sharding.to_devices(self.mesh, batch)

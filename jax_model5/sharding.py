@@ -2,12 +2,13 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,18 +19,20 @@ _AXES = ("data", "fsdp")
 ROWS, WHOLE = PartitionSpec(_AXES), PartitionSpec()
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """A mesh with axes data x fsdp.
+def make_mesh(config: TrainConfig, among: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data x fsdp of all devices, or of those given.
+
+    fsdp, which moves all weights three times a step, stays inside a host or a slice where it fits.
 
     Raises:
       UserError: the axes do not fit the devices, or the batch does not split over them.
     """
-    n_devices = len(devices())
+    among = devices() if among is None else among
     fsdp = config.mesh.fsdp
-    data = config.mesh.data or max(n_devices // fsdp, 1)
-    if data * fsdp > n_devices:
+    data = config.mesh.data or max(len(among) // fsdp, 1)
+    if data * fsdp > len(among):
         raise UserError(
-            f"mesh.fsdp={fsdp}: a mesh of {data} x {fsdp} devices, but there are {n_devices}; "
+            f"mesh.fsdp={fsdp}: a mesh of {data} x {fsdp} devices, but there are {len(among)}; "
             "use smaller mesh.data and mesh.fsdp"
         )
     micro_batch = config.batch_size // config.accumulate
@@ -38,16 +41,24 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"batch_size={config.batch_size}: micro-batches of {micro_batch} sequences do not "
             f"split over {data * fsdp} devices; use a multiple of {data * fsdp * config.accumulate}"
         )
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    chosen = jax.devices()[: data * fsdp]
-    left_out = {device.process_index for device in jax.devices()}
+    chosen = among[: data * fsdp]
+    left_out = {device.process_index for device in among}
     left_out -= {device.process_index for device in chosen}
     if left_out:
         raise UserError(
             f"mesh.data={data}: a mesh of {data} x {fsdp} devices leaves out processes "
             f"{sorted(left_out)}; use all devices, or start fewer processes"
         )
-    return jax.make_mesh((data, fsdp), _AXES, axis_types, devices=chosen)
+    return Mesh(_arranged(data, fsdp, chosen), _AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _arranged(data: int, fsdp: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """[data, fsdp]: neighbours in the network side by side, slices along data."""
+    n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if n_slices > 1 and data % n_slices == 0:
+        shapes = (data // n_slices, fsdp), (n_slices, 1)
+        return mesh_utils.create_hybrid_device_mesh(*shapes, devices)
+    return mesh_utils.create_device_mesh((data, fsdp), devices)
 
 
 def devices() -> list[jax.Device]:

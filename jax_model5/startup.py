@@ -1,6 +1,7 @@
 """JAX set up for a command: precision, compile cache, processes; its words, and what runs it."""
 
 import contextlib
+import glob
 import importlib.metadata
 import os
 import resource
@@ -16,6 +17,7 @@ from jax_model5.config import TrainConfig
 from jax_model5.errors import UserError, require, write_line
 
 _LEAST_ADDRESS_SPACE = 3 << 30  # bytes
+_DEVICE_FILES = ("/dev/nvidia*", "/dev/accel*", "/dev/vfio/*", "/dev/dxg", "/dev/kfd")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -26,6 +28,7 @@ def set_up_jax(config: TrainConfig) -> None:
       UserError: the processes do not find each other, or the address space is too small.
     """
     _require_address_space()
+    leave_absent_chips_alone()
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     keep_programs(config.data.cache_dir)
     processes.join()
@@ -37,6 +40,17 @@ def _require_address_space() -> None:
     enough = limit == resource.RLIM_INFINITY or limit >= _LEAST_ADDRESS_SPACE
     fix = f"the address space is too small for JAX; set it to {_LEAST_ADDRESS_SPACE >> 10} or more"
     require(enough, "ulimit -v", limit >> 10, fix)
+
+
+def leave_absent_chips_alone() -> None:
+    """Where no file of a device is there, JAX looks for none.
+
+    With XLA's compilers for absent chips installed (`jax_model5.plan`) its look-up of a TPU waits,
+    and both of them warn.
+    """
+    is_known = sys.platform == "linux" and "JAX_PLATFORMS" not in os.environ
+    if is_known and not any(glob.glob(pattern) for pattern in _DEVICE_FILES):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def keep_programs(cache_dir: str) -> None:

@@ -122,6 +122,7 @@ def _fast_variance(x, epsilon):
     return x - mean, jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) - mean**2 + epsilon)
 
 
+@contextlib.contextmanager
 def _no_dropout_of_its_own():
     def attention(q, k, v, is_causal, dropout_p):
         return _attention(q, k, v, is_causal=is_causal)

@@ -107,7 +107,10 @@ def main() -> None:
 
 def platform_of_jax() -> str:
     """cpu, gpu or tpu; asked in a process that ends, because a TPU serves one process at a time."""
-    script = "import jax; print(jax.default_backend())"
+    script = (
+        "import jax; from jax_model5.startup import leave_absent_chips_alone as leave; leave(); "
+        "print(jax.default_backend())"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"no device: {done.stderr.strip().splitlines()[-1]}; check JAX_PLATFORMS")

@@ -152,7 +152,9 @@ class Program:
         for inner in fused.values():
             if inner.opcode == "parameter" and inner.name not in in_place:
                 uses = users.get(inner.name, [])
-                is_sliced = uses and all(use.opcode in _SLICES[:3] for use in uses)
+                is_sliced = uses and all(
+                    use.opcode in _SLICES[:3] and use.operands[0] == inner.name for use in uses
+                )
                 total += sum(use.bytes for use in uses) if is_sliced else inner.bytes
         for r in roots:
             update = updates.get(_unwrapped(fused, r).name)

@@ -1,0 +1,55 @@
+"""Compiles a run's training step for chips that are not here: `... compiled CHIPS FOLDER [--key]`.
+
+A process of its own, because XLA's compilers are set up once in each, by the environment.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jax_model5.config import TrainConfig, parse, to_yaml
+from jax_model5.errors import UserError, one_line_errors
+from jax_model5.plan.chips import Chips, devices, parse_chips
+
+
+def compile_for(chips: Chips, config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """The step's memory by kind [bytes], and the path of the program's text.
+
+    Raises:
+      UserError: the mesh does not fit the chips, XLA knows none such, or its compiler failed.
+    """
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "jax_model5.plan.compiled", chips.name, str(folder)]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    absent = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": flags}
+    absent["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock is for chips that are there
+    done = subprocess.run(
+        [*command, "--config", str(path)], env=os.environ | absent, capture_output=True, text=True
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        words = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+        raise UserError(f"{words[0].removeprefix('error: ')}")
+    return json.loads((folder / "memory.json").read_text())
+
+
+def main() -> None:
+    with one_line_errors():
+        from jax_model5.programs import Programs  # after JAX's environment
+
+        name, folder, *args = sys.argv[1:]
+        config = parse(args, "jax_model5.plan")
+        step: Any = Programs(config, devices=devices(parse_chips(name))).train_step
+    memory = step.memory_analysis()
+    kinds = ("argument", "output", "alias", "temp")
+    found = {kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds}
+    Path(folder, "program.txt").write_text(step.as_text())
+    Path(folder, "memory.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
