@@ -47,7 +47,7 @@ def files_of(source: str, found: Found) -> list[Path]:
 
 def _matches(source: str) -> list[Path]:
     """What a glob stands for."""
-    fix = "no such file or folder; use pydocs, fineweb, hf:OWNER/NAME or the path of one"
+    fix = "use pydocs, fineweb, hf:OWNER/NAME or the path of one"
     with disk_errors("data.source", source, fix):
         matches = sorted(glob.glob(os.path.expanduser(source), recursive=True))
         if not matches:

@@ -220,7 +220,9 @@ def text_of(tokens: Sequence[int] | np.ndarray, encoding: tiktoken.Encoding) -> 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m jax_model5.generate", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of a run or of imported weights")
-    prompt = "text to continue; repeat it for a batch; none: text from the beginning"
+    prompt = (
+        "text to continue; repeat it for a batch; none: a text of its own, from its first token"
+    )
     parser.add_argument("--prompt", action="append", default=[], help=prompt)
     file = "file that holds the text to continue, - is standard input; repeat it for a batch"
     parser.add_argument("--prompt_file", action="append", default=[], help=file)

@@ -159,15 +159,15 @@ class Attention(nn.Module):
             part_BxSxD.reshape(B, -1, H, K).swapaxes(1, 2)  # S is N for queries, L for the others
             for part_BxSxD in qkv(x_BxLxD, N)
         )
-        drop = functools.partial(drop, deterministic=deterministic)
+        dropped = functools.partial(drop, deterministic=deterministic)
         if start_B is not None:
             k_BxHxLxK = self._cached("k", k_BxHxLxK, start_B)
             v_BxHxLxK = self._cached("v", v_BxHxLxK, start_B)
             positions_Bx1xTx1 = (start_B[:, None] + jnp.arange(L))[:, None, :, None]
             is_past_Bx1xTxL = jnp.arange(c.seq_len) <= positions_Bx1xTx1
-            y_BxHxNxK = masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_Bx1xTxL, drop)
+            y_BxHxNxK = masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_Bx1xTxL, dropped)
         else:
-            y_BxHxNxK = causal_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, drop)
+            y_BxHxNxK = causal_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, dropped)
         y_BxHxNxK = checkpoint_name(y_BxHxNxK, "attention")
         return Linear(c, D, name="proj")(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
 

@@ -60,8 +60,8 @@ def texts(rows: Rows, place: str, unit: str, config: DataConfig, found: Found) -
         except BadRow as error:
             if not config.skip_bad_rows:
                 raise UserError(
-                    f"data.source={place!r}: {unit} {number} (data.skip_bad_rows=true leaves such "
-                    f"rows out): {error}"
+                    f"data.source={place!r}: {unit} {number}: {error}, or leave such rows out by "
+                    "data.skip_bad_rows=true"
                 ) from None
             found.bad_rows += 1
         else:
@@ -74,7 +74,7 @@ def _text_of(row: Any, field: str) -> str:
     if not isinstance(row, dict):
         raise BadRow("is no object with columns")
     if field not in row:
-        raise BadRow(f"data.text_field={field!r}: no such column; it has {', '.join(row)}")
+        raise BadRow(f"data.text_field={field!r}: no such column; name one of {', '.join(row)}")
     text = row[field]
     if not isinstance(text, str):
         raise BadRow(f"data.text_field={field!r} holds no text but {str(text)[:40]}")

@@ -10,6 +10,7 @@ import pytest
 from jax_model5 import flops
 from jax_model5.config import ModelConfig, TrainConfig
 from jax_model5.plan import costs, hlo
+from jax_model5.plan.__main__ import split_over
 from jax_model5.plan.chips import parse_chips
 from jax_model5.programs import Programs
 from tests.tiny import run
@@ -83,6 +84,10 @@ ENTRY %main (a: bf16[8,16], b: bf16[16,64], start: (s32[], f32[8,64])) -> f32[8,
 backend_config={"known_trip_count":{"n":"5"}}
   %sum = f32[8,64]{1,0} all-reduce(%ab), replica_groups={{0,1},{2,3}}, to_apply=%add
   %conv = bf16[8,64]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+  %c = bf16[8,5,16]{2,1,0} parameter(3)
+  %d = bf16[8,16,64]{2,1,0} parameter(4)
+  %batched = bf16[8,5,64]{2,1,0} convolution(%c, %d), window={size=8}, dim_labels=0bf_0io->0bf
+  %summed = bf16[1,5,64]{2,1,0} convolution(%c, %d), window={size=8}, dim_labels=0bf_0io->0bf
   ROOT %ab = f32[8,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """
@@ -97,6 +102,8 @@ def test_a_text_is_read_as_it_was_written():
     assert program.traffic(executed["new"][0]) == 64 * 4 + 4 + 64 * 4
     assert program.traffic(executed["ab"][0]) == 2 * (8 * 16 + 16 * 64) + 4 * 8 * 64
     assert program.flops(executed["ab"][0]) == program.flops(executed["conv"][0]) == 2 * 8 * 16 * 64
+    assert program.flops(executed["batched"][0]) == 2 * 8 * 5 * 64 * 16
+    assert program.flops(executed["summed"][0]) == 2 * 5 * 64 * 8 * 16
     assert hlo.received(executed["all"][0], 8) == 4 * 64 * 4 * 3 / 4
     assert hlo.received(executed["sum"][0], 8) == 2 * 8 * 64 * 4 / 2
 
@@ -129,6 +136,14 @@ def test_bad_chips_are_one_line(tmp_path, chips, words):
     assert err.startswith(f"error: chips='{chips}': ")
     assert words in err
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_batch_that_does_not_split_is_made_larger_and_said(capfd):
+    config = TrainConfig(batch_size=96, accumulate=2)
+    assert split_over(parse_chips("v5e:4x4"), config) is config
+    assert capfd.readouterr().err == ""
+    assert split_over(parse_chips("v5e:16x16"), config).batch_size == 512
+    assert "batch_size=96 does not split over 256 chips; planned with 512" in capfd.readouterr().err
 
 
 TPU = importlib.util.find_spec("libtpu") is not None

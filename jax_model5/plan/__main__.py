@@ -1,6 +1,7 @@
 """What a run costs on chips that are not here; `python -m jax_model5.plan --chips v5e:4x4`."""
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from jax_model5.errors import ArgumentParser, UserError, one_line_errors
 from jax_model5.plan import costs, report
 from jax_model5.plan.chips import Chips, compiler_is_here, parse_chips
 from jax_model5.plan.compiled import compile_for
-from jax_model5.startup import note
+from jax_model5.startup import leave_absent_chips_alone, note
 
 
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
@@ -35,6 +36,7 @@ def main() -> int:
     """0: each of them fits; 1: one does not; 2: bad input."""
     with one_line_errors():
         options, config = parse_args(sys.argv[1:])
+        leave_absent_chips_alone()
         plans = [plan_for(chips, config) for chips in options.chips]
         out = record.out_folder(options.out)
         found = record.circumstances("-m jax_model5.plan", "none: compiled only")
@@ -47,6 +49,7 @@ def main() -> int:
 
 
 def plan_for(chips: Chips, config: TrainConfig) -> dict[str, Any]:
+    config = split_over(chips, config)
     if command := compiler_is_here(chips):
         note(f"{chips.name}: no compiler for it here, so FLOPs and state only; {command}")
         return costs.by_hand(config, chips)
@@ -54,6 +57,18 @@ def plan_for(chips: Chips, config: TrainConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         memory = compile_for(chips, config, Path(scratch))
         return costs.plan(config, chips, memory, Path(scratch))
+
+
+def split_over(chips: Chips, config: TrainConfig) -> TrainConfig:
+    """The config with the next batch that splits over the mesh, and a line where it is another."""
+    n = config.mesh.data * config.mesh.fsdp or chips.n
+    unit = n * config.accumulate
+    batch_size = -(-config.batch_size // unit) * unit
+    if batch_size == config.batch_size:
+        return config
+    given = f"batch_size={config.batch_size} does not split over {n} chips"
+    note(f"{chips.name}: {given}; planned with {batch_size}")
+    return dataclasses.replace(config, batch_size=batch_size)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ _FLOAT32_SHARE = {"cuda": 0.5, "tpu": 1 / 6}
 def of_program(text: str, memory: dict[str, int], chips: Chips) -> dict[str, Any]:
     """What the program's text and XLA's count of memory say, of one chip."""
     program = hlo.Program(text)
-    flops: collections.Counter[str] = collections.Counter()
-    moved: collections.Counter[str] = collections.Counter()
-    sent: collections.Counter[str] = collections.Counter()
+    flops: dict[str, float] = collections.defaultdict(float)
+    moved: dict[str, float] = collections.defaultdict(float)
+    sent: dict[str, float] = collections.defaultdict(float)
     traffic, network_s = 0.0, 0.0
     for instruction, times in program.executed():
         traffic += times * program.traffic(instruction)

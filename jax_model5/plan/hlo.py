@@ -233,9 +233,15 @@ def _closing(text: str) -> int:
 
 
 def _convolution_flops(instruction: Instruction, operands: list[Instruction]) -> float:
-    """A TPU's form of a product: the kernel's input features and window are what is summed."""
-    found = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)
-    labels = found.group(1) if found else ""
-    kernel = operands[1].arrays[0].dims
-    summed = math.prod(n for n, label in zip(kernel, labels, strict=True) if label != "o")
+    """A TPU's form of a product: input features are summed, and so is a window of one result.
+
+    A window with as many results as it is long stands for the batch of a product.
+    """
+    found = re.search(r"dim_labels=\w+_(\w+)->(\w+)", instruction.text)
+    kernel, result = found.groups() if found else ("", "")
+    results = dict(zip(result, instruction.arrays[0].dims, strict=True))
+    summed = 1.0
+    for label, size in zip(kernel, operands[1].arrays[0].dims, strict=True):
+        if label != "o":
+            summed *= max(1, size / results.get(label, 1))
     return 2.0 * instruction.arrays[0].size * summed
