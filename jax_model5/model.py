@@ -172,7 +172,7 @@ class Attention(nn.Module):
         return Linear(c, D, name="proj")(y_BxHxNxK.swapaxes(1, 2).reshape(B, N, D))
 
     def _is_flash(self, L: int, K: int) -> bool:
-        """Not where masks are asked for, or are not threefry's: the kernels draw their own."""
+        """Not where masks are asked for: the kernels draw their own."""
         fits = sharding.is_gpu() and flash.fits(L, K, self.config.dtype)
         return fits and not self.is_mutable_collection("masks")
 
@@ -181,7 +181,8 @@ class Attention(nn.Module):
     ) -> jax.Array:
         rate, keys_2x2 = 0.0 if deterministic else drop.rate, jnp.zeros((2, 2), jnp.uint32)
         if rate:  # one for each half of the queries, as the plain form draws them
-            keys_2x2 = jnp.stack([jax.random.key_data(drop.key()) for _ in range(2)])
+            # Of a key of rbg the first two words: they are a threefry key.
+            keys_2x2 = jnp.stack([jax.random.key_data(drop.key())[:2] for _ in range(2)])
         n_heads = self.config.n_heads
         return flash.causal_attention(qkv_BxLx3D, bias_3D, keys_2x2, n_heads=n_heads, rate=rate)
 

@@ -60,8 +60,8 @@ def texts(rows: Rows, place: str, unit: str, config: DataConfig, found: Found) -
         except BadRow as error:
             if not config.skip_bad_rows:
                 raise UserError(
-                    f"data.source={place!r}: {unit} {number}: {error}, or leave such rows out by "
-                    "data.skip_bad_rows=true"
+                    f"data.source={place!r}: {unit} {number}: {error}; "
+                    "data.skip_bad_rows=true leaves such rows out"
                 ) from None
             found.bad_rows += 1
         else:

@@ -70,7 +70,10 @@ ONE_LINE = {
     "config is a list": ("--config {tmp}/list.yaml", ["config=", "key: value"]),
     "unknown key in a file": ("--config {tmp}/unknown.yaml", ["optimizer.lr", "unknown key"]),
     "null in a file": ("--config {tmp}/null.yaml", ["steps", "None"]),
-    "no such source": ("--data.source {tmp}/none.txt", ["data.source=", "no such file"]),
+    "no such source": (
+        "--data.source {tmp}/none.txt",
+        ["data.source=", "No such file", "use pydocs"],
+    ),
     "unknown kind of file": ("--data.source {tmp}/text.pdf", ["data.source=", ".jsonl"]),
     "empty file": ("--data.source {tmp}/empty.txt", ["data.source=", "holds no text"]),
     "folder without text": ("--data.source {tmp}/folder", ["data.source=", "holds no file"]),

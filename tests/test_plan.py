@@ -170,7 +170,7 @@ def test_a_small_model_is_compiled_for_chips_that_are_not_here(tmp_path):
     for plan in json.loads((tmp_path / "plan.json").read_text())["plans"]:
         weights = 2 * plan["state"]["parameters"] / 2  # two gathers in bfloat16, but for the table
         assert plan["fits"]
-        assert set(plan["carried_bytes"]) == {"weights", "gradients", "metrics"}
+        assert {"weights", "gradients"} <= set(plan["carried_bytes"])
         assert plan["carried_bytes"]["weights"] < 2 * weights
         needed = sum(flops.step_flops(TrainConfig()).values()) / 4
         assert sum(plan["flops_by_dtype"].values()) == pytest.approx(needed, rel=0.5)
@@ -193,5 +193,5 @@ def test_bfloat16_sums_over_many_devices_lose_what_float32_keeps():
     def error(total):
         return np.linalg.norm(total.astype(np.float64) - exact) / np.linalg.norm(exact)
 
-    assert error(in_float32) < 2e-3  # measured 1.1e-3
-    assert error(in_bfloat16) > 1e-2  # measured 2.1e-2
+    assert error(in_float32) < 2e-3  # measured 9e-4
+    assert error(in_bfloat16) > 1e-2  # measured 1.7e-2

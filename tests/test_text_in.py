@@ -227,7 +227,7 @@ def test_globs_and_several_sources(tmp_path):
     assert documents(tmp_path / "with, comma.txt") == ["with, comma.txt"]
     both = documents(f"{tmp_path}/a.txt,pydocs", n_docs=3)
     assert (both[0], len(both)) == ("a.txt", 3)
-    assert "no such file" in error(f"{tmp_path}/c*.txt,{tmp_path}/a.txt")
+    assert "No such file" in error(f"{tmp_path}/c*.txt,{tmp_path}/a.txt")
 
 
 # ---- rows without text, marks -------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_a_row_without_text_is_refused_or_counted(tmp_path, capsys, kind):
     message = error(path)
     assert str(path) in message
     assert "line 4: " in message
-    assert message.endswith(", or leave such rows out by data.skip_bad_rows=true")
+    assert message.endswith("; data.skip_bad_rows=true leaves such rows out")
     assert reason in message
     manifest = built(path, skip_bad_rows=True).manifest
     assert (manifest["documents"], manifest["bad_rows"]) == (3, 1)
@@ -262,13 +262,13 @@ def test_a_row_without_text_is_refused_or_counted(tmp_path, capsys, kind):
 def test_rows_without_text_in_tables(tmp_path):
     texts = ["a", None, "c"]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
-    assert "row 1 (" in error(tmp_path / "rows.parquet")
+    assert "row 1: " in error(tmp_path / "rows.parquet")
     assert documents(tmp_path / "rows.parquet", skip_bad_rows=True) == ["a", "c"]
     (tmp_path / "rows.csv").write_text('n,text\n1,"two\nlines"\n2\n3,c\n')
-    assert "line 4 (" in error(tmp_path / "rows.csv")
+    assert "line 4: " in error(tmp_path / "rows.csv")
     assert documents(tmp_path / "rows.csv", skip_bad_rows=True) == ["two\nlines", "c"]
     (tmp_path / "rows.json").write_text('[{"text": "a"},\n {"text": null},\n {"text": "c"}]')
-    assert "line 2 (" in error(tmp_path / "rows.json")
+    assert "line 2: " in error(tmp_path / "rows.json")
     assert documents(tmp_path / "rows.json", skip_bad_rows=True) == ["a", "c"]
     (tmp_path / "none.jsonl").write_text('{"body": "a"}\n' * 3)
     assert "no text but 3 bad rows" in error(tmp_path / "none.jsonl", skip_bad_rows=True)
