@@ -80,7 +80,7 @@ ONE_LINE = {
     "not UTF-8": ("--data.source {tmp}/latin1.txt", ["data.source=", "byte 3", "UTF-8"]),
     "missing column": (
         "--data.source {tmp}/rows.jsonl --data.text_field body",
-        ["data.text_field='body'", "it has id, text"],
+        ["data.text_field='body'", "name one of id, text"],
     ),
     "a column without text": (
         "--data.source {tmp}/rows.jsonl --data.text_field id",

@@ -599,8 +599,8 @@ def test_a_kill_while_tokenizing_goes_on_where_it_was(tmp_path, change):
 
 
 def test_a_signal_while_tokenizing_keeps_what_was_saved(tmp_path):
-    source = tmp_path / "rows.txt"
-    source.write_text("".join(f"word {i} " * 40 + "\n" for i in range(60)))
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": f"word {i} " * 40}) + "\n" for i in range(60)))
     saved = []
     for _ in range(2):
         assert in_a_process(source, "SIGTERM").returncode == 128 + signal.SIGTERM
