@@ -39,7 +39,7 @@ def test_products_are_counted_as_the_formula_counts_them(step, monkeypatch):
     program = hlo.Program(step.as_text())
     needed = sum(flops.step_flops(CONFIG).values())
     assert counted(program) == pytest.approx(needed, rel=0.02)
-    monkeypatch.setattr(hlo, "trip_count", lambda instruction: 1)
+    monkeypatch.setattr(hlo.Program, "trip_count", lambda self, loop: 1)
     assert counted(program) < 0.5 * needed, "a loop's body counts once only"
 
 
@@ -91,6 +91,8 @@ backend_config={"known_trip_count":{"n":"5"}}
   ROOT %ab = f32[8,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """
+BOUND = """s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %true), direction=LT"""
 
 
 def test_a_text_is_read_as_it_was_written():
@@ -102,6 +104,12 @@ def test_a_text_is_read_as_it_was_written():
     assert program.traffic(executed["new"][0]) == 64 * 4 + 4 + 64 * 4
     assert program.traffic(executed["ab"][0]) == 2 * (8 * 16 + 16 * 64) + 4 * 8 * 64
     assert program.flops(executed["ab"][0]) == program.flops(executed["conv"][0]) == 2 * 8 * 16 * 64
+    bounded = TEXT.replace("known_trip_count", "unknown").replace("pred[] constant(true)", BOUND)
+    times = {i.name: times for i, times in hlo.Program(bounded).executed()}
+    assert times["sliced"] == 7  # as a TPU's text has it
+    on_chip = hlo.Program(TEXT.replace("f32[8,64]{1,0} dot", "f32[8,64]{1,0:T(8,128)S(1)} dot"))
+    (ab,) = (i for i, _ in on_chip.executed() if i.name == "ab")
+    assert on_chip.traffic(ab) == 2 * (8 * 16 + 16 * 64)
     assert program.flops(executed["batched"][0]) == 2 * 8 * 5 * 64 * 16
     assert program.flops(executed["summed"][0]) == 2 * 5 * 64 * 8 * 16
     assert hlo.received(executed["all"][0], 8) == 4 * 64 * 4 * 3 / 4

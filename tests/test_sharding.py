@@ -113,6 +113,7 @@ print(json.dumps(runs))
 
 
 # float32: measured 1.7e-7, float64: 4e-16, relative
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "prng", "tolerance"),
     [

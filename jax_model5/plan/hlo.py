@@ -25,6 +25,7 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
+    is_on_chip: bool = False  # S(1), a TPU's vector memory: its traffic is free
 
     @property
     def size(self) -> int:
@@ -52,6 +53,11 @@ class Instruction:
     @property
     def bytes(self) -> int:
         return sum(array.bytes for array in self.arrays)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that lie in the chip's main memory."""
+        return sum(array.bytes for array in self.arrays if not array.is_on_chip)
 
     @property
     def op_name(self) -> str:
@@ -91,7 +97,7 @@ class Program:
             yield instruction, times
             if instruction.opcode in ("while", "call", "conditional", "async-start"):
                 for called in instruction.called:
-                    yield from self.executed(called, times * trip_count(instruction))
+                    yield from self.executed(called, times * self.trip_count(instruction))
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instruction, or what a fusion is made of."""
@@ -101,6 +107,16 @@ class Program:
         for called in instruction.called:
             for inner in self.computations[called].values():
                 yield from self.inside(inner)
+
+    def trip_count(self, loop: Instruction) -> int:
+        """XLA's own figure, or the bound that JAX's counter, from 0, stays below."""
+        if found := re.search(r'known_trip_count[":{ n]*(\d+)', loop.text):
+            return int(found.group(1))
+        condition = re.search(r"condition=%([\w.\-]+)", loop.text)
+        for line in self.computations[condition.group(1)].values() if condition else ():
+            if line.opcode == "constant" and (bound := re.match(r"constant\((\d+)\)", line.text)):
+                return int(bound.group(1))
+        return 1
 
     @functools.cached_property
     def _homes(self) -> dict[int, Computation]:
@@ -133,10 +149,10 @@ class Program:
             return self._fusion_traffic(self.computations[instruction.called[0]])
         operands = self.operands(instruction)
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * operands[1].bytes
+            return 2 * operands[1].moved
         if instruction.opcode in _SLICES:
-            return 2 * instruction.bytes
-        return instruction.bytes + sum(operand.bytes for operand in operands)
+            return 2 * instruction.moved
+        return instruction.moved + sum(operand.moved for operand in operands)
 
     def _fusion_traffic(self, fused: Computation) -> int:
         users: dict[str, list[Instruction]] = {}
@@ -155,10 +171,10 @@ class Program:
                 is_sliced = uses and all(
                     use.opcode in _SLICES[:3] and use.operands[0] == inner.name for use in uses
                 )
-                total += sum(use.bytes for use in uses) if is_sliced else inner.bytes
+                total += sum(use.moved for use in uses) if is_sliced else inner.moved
         for r in roots:
             update = updates.get(_unwrapped(fused, r).name)
-            total += fused[update.operands[1]].bytes if update else r.bytes
+            total += fused[update.operands[1]].moved if update else r.moved
         return total
 
 
@@ -188,11 +204,6 @@ def group_size(instruction: Instruction) -> int:
     return len(found.group(1).split(",")) if found else 0
 
 
-def trip_count(instruction: Instruction) -> int:
-    found = re.search(r'known_trip_count[":{ n]*(\d+)', instruction.text)
-    return int(found.group(1)) if found else 1
-
-
 def _unwrapped(fused: Computation, instruction: Instruction) -> Instruction:
     while instruction.opcode in ("bitcast", "convert", "copy") and instruction.operands:
         instruction = fused[instruction.operands[0]]
@@ -206,8 +217,8 @@ def _parse(name: str, rest: str, is_root: bool) -> Instruction:
     called = _CALLED.findall(arguments)
     names = tuple(name[1:] for group in called for name in group.split(", "))
     arrays = tuple(
-        Array(dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims, _ in _SHAPE.findall(shape)
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(1)" in layout)
+        for dtype, dims, layout in _SHAPE.findall(shape)
     )
     return Instruction(
         name, arrays, opcode, tuple(re.findall(r"%([\w.\-]+)", operands)), names, rest, is_root
