@@ -163,6 +163,31 @@ def h100() -> str:
     return markdown(["run", "against", "times faster", "of its memory", "commit"], rows)
 
 
+def plans(name: str) -> str:
+    """What each choice of chips costs, and the commit that was compiled."""
+    run, parts = read(f"scale/{name}.json"), ("compute", "memory", "network")
+    head = ["chips", "memory of one", "products of one", "its traffic", "network into one"]
+    head += ["compute", "memory", "network", "floor", "MFU there", "tokens/s", "commit"]
+    rows = []
+    for plan in run["plans"]:
+        floor, network = plan["floor"], sum(plan["collective_bytes"].values())
+        rows.append(
+            [
+                f"`{plan['chips']}`",
+                f"{plan['memory']['total'] / 1e9:.2f} GB",
+                f"{sum(plan['flops_by_dtype'].values()) / 1e12:.3g} TFLOP",
+                f"{plan['traffic_bytes'] / 1e9:.3g} GB",
+                f"{network / 1e9:.3g} GB",
+                *(f"{floor[f'{part}_s'] * 1e3:.3g} ms" for part in parts),
+                f"**{floor['step_s'] * 1e3:.3g} ms**",
+                f"{floor['mfu']:.0%}",
+                f"{floor['tokens_per_s']:,.0f}",
+                run["commit"],
+            ]
+        )
+    return markdown(head, rows)
+
+
 KNOBS = {
     "`remat: dots` (the default)": "model5_final_token",
     "`remat: none`": "model5_final_token_remat_none",
@@ -322,6 +347,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "results": results,
     "programs": programs,
     "h100": h100,
+    "plans": plans,
     "generation": generation,
     "knobs": knobs,
     "sweep": sweep,
