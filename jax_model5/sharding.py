@@ -79,9 +79,9 @@ def device_memory() -> int | None:
 
 
 def is_gpu() -> bool:
-    """Whether the program that is traced is for GPUs: the mesh's, or else JAX's default device."""
+    """Whether the mesh that is set is one of GPUs, which may be absent. Starts no device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) in ("gpu", "cuda", "rocm")
+    return device is not None and device.platform in ("gpu", "cuda", "rocm")
 
 
 def row_major(x: jax.Array) -> jax.Array:

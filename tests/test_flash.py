@@ -11,6 +11,15 @@ KEYS = jax.random.split(jax.random.key(5))
 KEYS_2x2 = jax.random.key_data(KEYS)
 
 
+@pytest.fixture(autouse=True)
+def mesh():
+    """Of the first device: on a GPU the kernels are compiled for it, elsewhere interpreted."""
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[:1]
+    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "fsdp"), axis_types, devices=devices)):
+        yield
+
+
 def inputs(dtype=jnp.float32) -> list[jax.Array]:
     """The projections, their bias, and the gradient of y."""
     shapes = [(B, L, 3 * H * K), (3 * H * K,), (B, L, H * K)]
