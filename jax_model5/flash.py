@@ -47,15 +47,8 @@ def causal_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(
-    qkv_BxLx3D: jax.Array,
-    bias_3D: jax.Array,
-    keys_2x2: jax.Array,
-    first_row_1: jax.Array,
-    n_heads: int,
-    rate: float,
-) -> jax.Array:
-    return _forward(qkv_BxLx3D, bias_3D, keys_2x2, first_row_1, n_heads, rate)[0]
+def _attention(*arguments: Any) -> jax.Array:
+    return _forward(*arguments)[0]
 
 
 def _forward(

@@ -12,7 +12,7 @@ from jax_model5.model import Model5, applied
 from jax_model5.sharding import is_gpu
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-"""(logits_BxCxV, targets_BxC) -> loss_BxC, of any number C of positions."""
+"""(logits_BxCxV, targets_BxC) -> loss_BxC, of any number of rows and positions: a device's own."""
 
 _ROWS = 1024  # rows of logits [V] on a device at once, about: 206 MB in float32 at V = 50257
 _ROWS_OF_A_GPU = 4096  # more fill it, and the head's gradient is added up less often

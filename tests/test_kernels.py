@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_model5 import kernels
+from jax_model5 import kernels, sharding
 
 
 @pytest.fixture
@@ -50,6 +50,9 @@ def test_matmul_transposed_is_a_product():
     x_BxNxD, table_VxD = normal(0, 3, 5, 4), normal(1, 7, 4)
     plain = lambda x, table: x @ table.T  # noqa: E731
     assert worst_error(kernels.matmul_transposed, plain, x_BxNxD, table_VxD) < 1e-14
+    with pytest.MonkeyPatch.context() as for_a_gpu:  # whose products have 64 tokens or a multiple
+        for_a_gpu.setattr(sharding, "is_gpu", lambda: True)
+        assert worst_error(kernels.matmul_transposed, plain, x_BxNxD, table_VxD) < 1e-14
 
 
 def test_logits_of_bfloat16_features_are_kept_in_float32():

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +13,10 @@ import pytest
 from jax_model5 import flops
 from jax_model5.config import ModelConfig, TrainConfig
 from jax_model5.plan import costs, hlo
-from jax_model5.plan.__main__ import split_over
+from jax_model5.plan.__main__ import plan_for, split_over
 from jax_model5.plan.chips import parse_chips
 from jax_model5.programs import Programs
-from tests.tiny import run
+from tests.tiny import ROOT, run
 
 # Seven layers, so that the trunk is a loop; every product once, so that the count is the formula's.
 MODEL = ModelConfig(
@@ -154,22 +157,20 @@ def test_a_batch_that_does_not_split_is_made_larger_and_said(capfd):
     assert "batch_size=96 does not split over 256 chips; planned with 512" in capfd.readouterr().err
 
 
-TPU = importlib.util.find_spec("libtpu") is not None
-
-
-def test_without_a_compiler_the_state_is_planned_and_the_command_named(tmp_path):
-    code, _, err = run("--chips=v5e:2x2", f"--out={tmp_path}", module="jax_model5.plan")
-    if TPU:
-        pytest.skip("the extras are installed")
-    assert code == 0, err
-    assert "pip install -e '.[plan-tpu]'" in err
-    (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+@pytest.mark.parametrize(("chips", "extra"), [("v5e:2x2", "plan-tpu"), ("h100:4", "plan-gpu")])
+def test_without_a_compiler_the_state_is_planned_and_the_command_named(
+    chips, extra, monkeypatch, capfd
+):
+    find_spec, compilers = importlib.util.find_spec, ("libtpu", "jax_plugins")
+    hidden = lambda name: None if name.startswith(compilers) else find_spec(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    plan = plan_for(parse_chips(chips), TrainConfig())
+    assert f"pip install -e '.[{extra}]'" in capfd.readouterr().err
     assert plan["state"]["parameters"] == 4 * 7_259_008
     assert plan["memory"] == {"argument": 3 * 4 * 7_259_008 + 8}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not TPU, reason="pip install -e '.[plan-tpu,plan-gpu]'")
+@pytest.mark.compilers
 def test_a_small_model_is_compiled_for_chips_that_are_not_here(tmp_path):
     flags = "--model.d_model=128 --model.n_heads=2 --model.dtype=bfloat16 --mesh.fsdp=4".split()
     chips = "--chips=v5e:2x2", "--chips=h100:4"
@@ -203,3 +204,24 @@ def test_bfloat16_sums_over_many_devices_lose_what_float32_keeps():
 
     assert error(in_float32) < 2e-3  # measured 9e-4
     assert error(in_bfloat16) > 1e-2  # measured 1.7e-2
+
+
+LEFT_ALONE = """
+import sys, jax
+from jax_model5 import startup
+startup._DEVICE_FILES = sys.argv[1:]
+startup.leave_absent_chips_alone()
+print(jax.config.jax_platforms)
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "platforms", "expected"),
+    [("/dev/none*", None, "cpu"), ("/dev/nul*", None, "None"), ("/dev/none*", "tpu", "tpu")],
+)
+def test_chips_that_are_not_here_are_not_looked_for(files, platforms, expected):
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    env |= {"JAX_PLATFORMS": platforms} if platforms else {}
+    command = [sys.executable, "-c", LEFT_ALONE, files]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [expected], done.stderr
