@@ -26,7 +26,7 @@ from jax_model5.trees import leaves_of
 # Fields that may change when a run goes on. A mesh and remat change only how sums are rounded;
 # what data.source holds is compared by its tokens.
 FREE_FIELDS = {
-    *("workdir", "eval_every", "checkpoint_every", "keep"),
+    *("workdir", "eval_every", "checkpoint_every", "keep", "tracker", "profile_steps"),
     *("mesh.data", "mesh.fsdp", "model.remat"),
     *("data.cache_dir", "data.source", "data.subset", "data.n_docs", "data.text_field"),
     *("data.separator", "data.split_on_end_of_text", "data.skip_bad_rows"),

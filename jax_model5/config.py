@@ -83,7 +83,10 @@ class ModelConfig:
         name, _, std = self.init.partition(":")
         names = "course, xavier, kaiming, torch or normal:STD"
         if name == "normal":
-            require(_is_positive(std), "model.init", self.init, "write it as normal:0.02")
+            is_std = (
+                re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", std) and 0 < float(std) < math.inf
+            )
+            require(bool(is_std), "model.init", self.init, "write it as normal:0.02")
         else:
             known = self.init in ("course", "xavier", "kaiming", "torch")
             require(known, "model.init", self.init, f"use {names}")
@@ -209,6 +212,10 @@ class TrainConfig:
     """Parameters taken from init_from: paths such as wte wpe."""
     workdir: str = "runs/quickstart"
     """The only folder that the run writes its results into."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where else the log's records go: TensorBoard's files, or Weights & Biases."""
+    profile_steps: str = ""
+    """FIRST:END, such as 10:13: an XProf trace of steps 10, 11 and 12 in workdir [steps]."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -226,24 +233,24 @@ class TrainConfig:
         divides = self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
         require(self.workdir != "", "workdir", self.workdir, "name a folder")
+        fix, is_profile = "write it as FIRST:END, such as 10:13", len(self.profiled) > 0
+        require(is_profile or not self.profile_steps, "profile_steps", self.profile_steps, fix)
         _as_tuple(self, "", "init_leaves")
-        paths = 'name parameters, or "*" for all'
-        require(len(self.init_leaves) > 0, "init_leaves", "", paths)
+        require(self.init_leaves != (), "init_leaves", "", 'name parameters, or "*" for all')
         warmup, fix = self.optimizer.warmup_steps, f"must be at most steps={self.steps}"
         require(warmup <= self.steps, "optimizer.warmup_steps", warmup, fix)
+
+    @property
+    def profiled(self) -> range:
+        """The steps of `profile_steps`, counted from 1."""
+        ends = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.profile_steps)
+        return range(int(ends[1]), int(ends[2])) if ends else range(0)
 
     @property
     def test_metric(self) -> str:
         """The test NLL that is shown beside the training loss."""
         final_token, all_tokens = TEST_METRICS
         return final_token if self.objective == "final_token" else all_tokens
-
-
-def _is_positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

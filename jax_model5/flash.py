@@ -26,6 +26,12 @@ def fits(n_positions: int, head_width: int, dtype: Any) -> bool:
     return is_whole and jnp.dtype(dtype) == jnp.bfloat16
 
 
+def pairs_of_blocks(n_positions: int) -> int:
+    """Query-key pairs that the kernels compute of a window: whole blocks up to the diagonal."""
+    n_blocks = n_positions // _BLOCK
+    return n_blocks * (n_blocks + 1) // 2 * _BLOCK**2
+
+
 def causal_attention(
     qkv_BxLx3D: jax.Array,
     bias_3D: jax.Array,

@@ -7,7 +7,8 @@ as twice the forward. Not counted: elementwise work, and what is computed again 
 from typing import NamedTuple
 
 from jax_model5.config import TrainConfig
-from jax_model5.losses import n_last
+from jax_model5.losses import ROWS, n_last
+from jax_model5.model import UNROLLED
 
 # Dense bfloat16 peak of one JAX device [FLOP/s] by its whole `device_kind`, without sparsity.
 # NVIDIA: the data sheet of each product. TPU: "System architecture" of each version in Google
@@ -87,3 +88,17 @@ def step_flops(config: TrainConfig) -> dict[str, float]:
         "head": B * N * D * V,
     }
     return {part: 3.0 * 2 * count for part, count in multiply_adds.items()}
+
+
+def recomputed_flops(config: TrainConfig, n_devices: int = 1) -> float:
+    """FLOPs of what XLA's program for a CPU computes again: by `model.remat`, and chunks of logits.
+
+    In a trunk that is unrolled, XLA keeps everything unless remat is full.
+    """
+    c, parts = config.model, step_flops(config)
+    trunk, rows = c.n_layers - 1, config.batch_size // config.accumulate // n_devices
+    again = parts["head"] / 3 if rows * n_last(config) > ROWS else 0.0
+    attention = 2.0 * config.batch_size * c.d_model * attended_pairs(c.seq_len, c.seq_len) * trunk
+    if c.remat == "full":  # of a block's 12 D^2 the last product, 4 D^2, is not needed again
+        return again + parts["full blocks"] / 3 * 8 / 12 + 2 * attention
+    return again + (attention if c.remat == "dots" and trunk > UNROLLED else 0.0)

@@ -14,7 +14,7 @@ from jax_model5.sharding import is_gpu
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 """(logits_BxCxV, targets_BxC) -> loss_BxC, of any number of rows and positions: a device's own."""
 
-_ROWS = 1024  # rows of logits [V] on a device at once, about: 206 MB in float32 at V = 50257
+ROWS = 1024  # rows of logits [V] on a device at once, about: 206 MB in float32 at V = 50257
 _ROWS_OF_A_GPU = 4096  # more fill it, and the head's gradient is added up less often
 
 
@@ -83,7 +83,7 @@ def _in_chunks(
 ) -> jax.Array:
     """Maps over chunks of positions, so that B x N x V logits never exist all at once."""
     B, N, D = x_BxNxD.shape
-    C = max(1, (_ROWS_OF_A_GPU if is_gpu() else _ROWS) // B)
+    C = max(1, (_ROWS_OF_A_GPU if is_gpu() else ROWS) // B)
     if N <= C:
         return loss_of_features(x_BxNxD, targets_BxN)
     # Rematerialized: the backward pass computes each chunk's logits again instead of storing them.

@@ -256,7 +256,7 @@ class Block(nn.Module):
         return sharding.row_major(x_BxNxD + h_BxNxD)
 
 
-_UNROLLED = 4  # layers; on a GPU any number, for a loop's stacked arrays are copied there
+UNROLLED = 4  # layers; on a GPU any number, for a loop's stacked arrays are copied there
 
 # What the forward pass of a block keeps for its backward pass, by `model.remat`.
 _SAVED = {
@@ -318,7 +318,7 @@ class Model5(nn.Module):
             # One compiled block for all. A shallow trunk is unrolled: 1.1 times faster on a CPU.
             # XLA may then keep what remat "dots" would compute again.
             depth = c.n_layers - 1
-            is_shallow = depth <= _UNROLLED or sharding.is_gpu()
+            is_shallow = depth <= UNROLLED or sharding.is_gpu()
             is_unrolled = is_shallow and c.remat != "full"
             scan = nn.scan(
                 run_block(c, L, deterministic=deterministic),

@@ -135,7 +135,7 @@ def _named(given: dict[str, Any]) -> str:
 
 
 _SERVICE = """
-import signal, sys, time
+import contextlib, os, signal, socket, sys, time
 from jaxlib import _jax
 for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(name, signal.SIG_IGN)
@@ -143,7 +143,13 @@ address, n_processes, seconds = sys.argv[1], *map(int, sys.argv[2:])
 bounds = {"heartbeat_timeout": seconds, "shutdown_timeout": seconds}
 service = _jax.get_distributed_runtime_service(address, n_processes, **bounds)
 sys.stdin.read()
+for name in os.listdir("/dev/fd"):
+    with contextlib.suppress(OSError):
+        one = socket.socket(fileno=os.dup(int(name)))
+        if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            one.shutdown(socket.SHUT_RDWR)
 time.sleep(5)
+os._exit(0)
 """
 
 
@@ -151,15 +157,16 @@ class _Service:
     """JAX's coordination service in a process of its own, which outlives process 0 by 5 seconds.
 
     Inside process 0 it would be gone with it, and at that the others abort in C++ with a stack,
-    before anything in them can say why.
+    before anything in them can say why. In these seconds it takes no new ones: they belong to the
+    run that a launcher has started again at the same address.
     """
 
     def __init__(self, address: str, n_processes: int, **_: Any):
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         port = int(address.rpartition(":")[2])
-        # A taken port raises here; in the service it would be a segmentation fault. The service of
-        # a run that has just ended is there for some seconds more.
+        # A taken port raises here; in the service it would be a segmentation fault. The process 0
+        # of a run that has just ended may be there for some seconds more.
         for seconds in (1, 2, 3, 4, 0):
             try:
                 socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
@@ -177,7 +184,9 @@ class _Service:
         )
 
     def shutdown(self) -> None:
-        self._process.kill()
+        """Left to its five seconds: the others are still leaving, and its end would abort them."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from jax_model5.batches import train_batch
 from jax_model5.config import TEST_METRICS, TrainConfig
 from jax_model5.corpus import Corpus
 from jax_model5.errors import UserError
+from jax_model5.flops import peak_bfloat16
 from jax_model5.losses import Loss, nll
 from jax_model5.step import TrainState, abstract_state, eval_step, init_state, train_step
 
@@ -57,9 +58,10 @@ class Programs:
     def _new_key(self) -> jax.Array:
         return jax.random.key(self.config.seed, impl=self.config.prng)
 
-    def init(self) -> TrainState:
-        """The state before the first step."""
-        return self._init(self.key)
+    @functools.cached_property
+    def init(self) -> Callable[[], TrainState]:
+        """() -> the state before the first step."""
+        return functools.partial(self._init.lower(self.key).compile(), self.key)
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -79,6 +81,12 @@ class Programs:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._everywhere)
         with jax.set_mesh(self.mesh):
             return step.lower(self.abstract_state, key, batch).compile()
+
+    @property
+    def peak(self) -> float | None:
+        """The published bfloat16 rate of the mesh [FLOP/s], where its chip is known."""
+        peak = peak_bfloat16(self.mesh.devices.flat[0].device_kind)
+        return peak and peak * self.mesh.size
 
     def to_devices(self, batch: np.ndarray) -> jax.Array:
         return sharding.to_devices(self.mesh, batch)

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import rich.progress
 from jax_model5 import disk, processes, startup
 from jax_model5.config import TEST_METRICS, TrainConfig
 from jax_model5.errors import disk_errors, give_up
+from jax_model5.flops import step_flops
 from jax_model5.losses import n_last
 from jax_model5.startup import note
 
@@ -158,13 +159,15 @@ def _ranges(numbers: list[int]) -> str:
 
 
 class ProgressLine:
-    """One line: step, train loss, test loss, tokens/s, targets/s, time left.
+    """One line: step, train loss, test loss, tokens/s, targets/s, MFU, time left.
 
-    Live on a terminal; elsewhere it is printed at each evaluation.
+    Live on a terminal; elsewhere it is printed at each evaluation. `peak` is the published rate of
+    all devices together [bfloat16 FLOP/s]; None: not known, and no MFU.
     """
 
-    def __init__(self, config: TrainConfig, step: int):
-        self._config, self._test_loss = config, math.nan
+    def __init__(self, config: TrainConfig, step: int, peak: float | None = None):
+        self._config, self._test_loss, self._peak = config, math.nan, peak
+        self._flops = sum(step_flops(config).values())
         self._line = f"step {step}/{config.steps}  test {{test:.4f}}"
         quiet = not processes.is_first()
         console = rich.console.Console(stderr=True, highlight=False, quiet=quiet)
@@ -195,10 +198,12 @@ class ProgressLine:
             self._live.console.print(self._line.format(test=self._test_loss), soft_wrap=True)
             return
         c, rate = self._config, values["tokens_per_second"]
-        left = int((c.steps - step) * c.batch_size * c.model.seq_len / rate)
+        seconds = c.batch_size * c.model.seq_len / rate
+        left = int((c.steps - step) * seconds)
+        mfu = f"MFU {self._flops / (seconds * self._peak):.1%}  " if self._peak else ""
         self._line = (
             f"step {step}/{c.steps}  train {values['loss']:.4f}  test {{test:.4f}}  "
-            f"{rate:,.0f} tokens/s  {values['targets_per_second']:,.0f} targets/s  "
+            f"{rate:,.0f} tokens/s  {values['targets_per_second']:,.0f} targets/s  {mfu}"
             f"{left // 60}:{left % 60:02d} left"
         )
         line = self._line.format(test=self._test_loss)
@@ -212,6 +217,20 @@ def _terminal_may_be_gone() -> Iterator[None]:
         yield
     except OSError:
         give_up(sys.stderr)
+
+
+def traced(
+    stepping: Iterable[tuple[int, Any, Any]], profiled: range, step: int, folder: Path
+) -> Iterator[tuple[int, Any, Any]]:
+    """The (step, state, metrics) behind `step`, as they come; of those profiled an XProf trace."""
+    iterator, metrics = iter(stepping), None
+    yield from itertools.islice(iterator, max(0, profiled.start - step - 1))
+    if n := len(range(max(step + 1, profiled.start), profiled.stop)):
+        with jax.profiler.trace(str(folder / "profile")):
+            for step, state, metrics in itertools.islice(iterator, n):
+                yield step, state, metrics
+            jax.block_until_ready(metrics)
+    yield from iterator
 
 
 def plot(records: list[dict[str, Any]], vocab_size: int, test_metric: str, path: Path) -> None:

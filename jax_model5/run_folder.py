@@ -20,6 +20,7 @@ from jax_model5.generate import Sampling, generate, text_of
 from jax_model5.optimizer import split_frozen
 from jax_model5.programs import Programs
 from jax_model5.step import TrainState
+from jax_model5.trackers import open_tracker
 from jax_model5.trees import n_elements, split
 
 # What is sampled at the end: the course's prompt at its temperature (lessons 013 and 018) and at a
@@ -79,9 +80,15 @@ class RunFolder:
         return read_params(self.config.init_from, wanted, "init_from")
 
     def open_log(self, step: int | None) -> list[record.Sink]:
-        """Writes config.yaml and opens the log behind `step`."""
+        """Writes config.yaml and opens the log behind `step`, and the tracker with its records.
+
+        Raises:
+          UserError: the tracker cannot be opened.
+        """
+        kept = [r for r in record.read(self.log_path) if step is not None and r["step"] <= step]
+        tracker = open_tracker(self.config, self.path, kept)
         disk.replace_text(self.path / "config.yaml", to_yaml(self.config))
-        return [record.MetricsLog(self.log_path, step)]
+        return [record.MetricsLog(self.log_path, step), *tracker]
 
     # ---- results --------------------------------------------------------------------------------
 

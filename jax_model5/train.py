@@ -12,11 +12,13 @@ from jax_model5.checkpoint import Checkpoints
 from jax_model5.config import TrainConfig, flatten, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import disk_errors, one_line_errors
+from jax_model5.pace import Pace
 from jax_model5.programs import Programs, steps
-from jax_model5.record import Diverged, ProgressLine, Recorder, Sink
+from jax_model5.record import Diverged, ProgressLine, Recorder, Sink, traced
 from jax_model5.run_folder import RunFolder
 from jax_model5.startup import memory_errors, note, say, set_up_jax, versions
 from jax_model5.step import TrainState
+from jax_model5.trackers import require_tracker
 from jax_model5.trees import merge
 
 
@@ -87,6 +89,7 @@ def train(config: TrainConfig, trackers: Sequence[Sink] = ()) -> Outcome:
     Raises:
       UserError: bad input, a full disk, a device without memory.
     """
+    require_tracker(config)
     corpus = load_corpus(config)
     fix = "make room or name another folder. What was saved is kept"
     errors = disk_errors("workdir", config.workdir, fix)
@@ -149,18 +152,19 @@ def _loop(
     state: TrainState,
 ) -> TrainState:
     """Steps until `config.steps` or a signal; the state that it returns is saved."""
-    config, step = folder.config, int(state.step)
+    config, pace, start = folder.config, Pace(), int(state.step)
     tests = [programs.to_devices(batch) for batch in test_batches(corpus, config)]
     say("compiling the training step")
     _ = programs.train_step  # before the clock starts
-    with ProgressLine(config, step) as line:
+    with ProgressLine(config, start, programs.peak) as line:
         recorder = Recorder(config, [*sinks, line])
-        if step == 0:
+        if start == 0:
             recorder.write("eval", 0, **programs.test(state.params, tests))
+        step = start
         recorder.start_clock()
-        asked = stop.is_set(step)  # while it compiled
+        asked = stop.is_set(start)  # while it compiled
         stepping = () if asked else steps(config, corpus, state=state, programs=programs)
-        for step, state, metrics in stepping:
+        for step, state, metrics in traced(stepping, config.profiled, start, folder.path):
             recorder.add(step, metrics)
             is_last = step == config.steps
             is_end = is_last or stop.is_set(step)
@@ -170,6 +174,7 @@ def _loop(
                 recorder.flush()
                 if is_test:
                     recorder.write("eval", step, **programs.test(state.params, tests))
+                    pace.check()
                 if is_save:
                     recorder.sync()  # a checkpoint never knows more than the log
                     folder.checkpoints.save(state, config, corpus.fingerprint)

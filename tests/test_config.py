@@ -14,7 +14,8 @@ from tests.tiny import ROOT, run
 def test_the_keys_are_the_contract():
     config = dataclasses.asdict(TrainConfig())
     root = "objective last_k steps batch_size accumulate eval_every eval_batches checkpoint_every"
-    root += " keep seed prng init_from init_leaves workdir model data optimizer mesh"
+    root += " keep seed prng init_from init_leaves workdir tracker profile_steps"
+    root += " model data optimizer mesh"
     assert " ".join(config) == root
     model = "vocab_size seq_len d_model n_heads n_layers dropout dropout_sites scale_logits"
     assert " ".join(config["model"]) == f"{model} tied_head gelu init dtype remat"

@@ -339,6 +339,35 @@ def test_a_port_that_is_free_in_a_moment_is_waited_for(monkeypatch):
     assert sum(waits) > 5  # longer than the service stays
 
 
+def test_a_service_that_ends_keeps_its_processes_and_takes_no_new_ones():
+    """At once gone, it aborts those that are leaving; open, it takes those of the next run."""
+    port = free_port()
+    service = processes._Service(f"127.0.0.1:{port}", 2)
+
+    def connect():
+        return socket.create_connection(("127.0.0.1", port), 10)
+
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            member = connect()
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    member.recv(1)  # the service's first words: it has taken it
+    service.shutdown()
+    with pytest.raises(ConnectionRefusedError):  # noqa: PT012
+        while time.monotonic() < deadline:
+            connect().close()
+    assert service._process.poll() is None
+    member.settimeout(0.1)
+    with pytest.raises(TimeoutError):  # noqa: PT012
+        while member.recv(4096):
+            pass
+    assert service._process.wait(timeout=60) == 0
+
+
 def test_the_variables_win_over_a_launcher(tmp_path, text_file):
     config = tiny(tmp_path, text_file, steps=2)
     wrong = slurm(0) | {"SLURM_NTASKS": "7"}

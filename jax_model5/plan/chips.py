@@ -30,6 +30,11 @@ _TARGETS = {
     "h100": _H100 | {"clock": 1.98, "memory": 84942979072},
     "a100": _A100 | {"clock": 1.41, "memory": 84974239744},
 }
+_SHAPES = {
+    1: "1 2 4 8 16 32 64 128 256",
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    3: "1x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8",
+}
 _PACKAGES = {
     "tpu": ("libtpu", "pip install -e '.[plan-tpu]'"),
     "cuda": ("jax_plugins.xla_cuda12", "pip install -e '.[plan-gpu]'"),
@@ -58,12 +63,22 @@ def parse_chips(text: str) -> Chips:
             f"chips={text!r}: no figures of {family!r}; did you mean {nearest!r}? "
             f"They are {', '.join(CHIPS)}"
         )
-    chip, form = CHIPS[family], r"[1-9]\d*"
-    dims = 1 if chip.platform == "cuda" else 3 if family in ("v4", "v5p") else 2
-    if not re.fullmatch("x".join([form] * dims), shape):
-        example = {1: "8", 2: "4x4", 3: "2x2x1"}[dims]
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * _n_axes(family)), shape):
+        example = {1: "8", 2: "4x4", 3: "2x2x1"}[_n_axes(family)]
         raise UserError(f"chips={text!r}: write it as {family}:{example}")
-    return Chips(text, family, shape, chip)
+    return Chips(text, family, shape, CHIPS[family])
+
+
+def _n_axes(family: str) -> int:
+    if CHIPS[family].platform == "cuda":
+        return 1
+    return 3 if family in ("v4", "v5p") else 2
+
+
+def same_family(chips: Chips) -> list[Chips]:
+    """Chips of this kind in the shapes that can be rented, from one chip to 256."""
+    shapes = _SHAPES[_n_axes(chips.family)].split()
+    return [parse_chips(f"{chips.family}:{shape}") for shape in shapes]
 
 
 def compiler_is_here(chips: Chips) -> str | None:
@@ -96,6 +111,8 @@ def devices(chips: Chips) -> Any:
         return topologies.get_topology_desc(platform=chip.platform, **arguments).devices
     except Exception as error:  # XLA's own, of many kinds
         reason = str(error).split("\n")[0][:200]
+        nearest = sorted(same_family(chips), key=lambda other: abs(other.n - chips.n))[:2]
+        names = " or ".join(other.name for other in nearest)
         raise UserError(
-            f"chips={chips.name!r}: XLA does not know this topology: {reason}"
+            f"chips={chips.name!r}: XLA does not know this topology ({reason}); try {names}"
         ) from None

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,28 @@ from jax_model5.errors import UserError, one_line_errors
 from jax_model5.plan.chips import Chips, devices, parse_chips
 
 
-def compile_for(chips: Chips, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """The step's memory by kind [bytes], and the path of the program's text.
+def compile_for(chips: Chips, config: TrainConfig) -> tuple[dict[str, int], str]:
+    """The step's memory by kind [bytes], and the program's text.
 
     Raises:
       UserError: the mesh does not fit the chips, XLA knows none such, or its compiler failed.
     """
-    path = folder / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "jax_model5.plan.compiled", chips.name, str(folder)]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     absent = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": flags}
     absent["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock is for chips that are there
-    done = subprocess.run(
-        [*command, "--config", str(path)], env=os.environ | absent, capture_output=True, text=True
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        words = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-        raise UserError(f"{words[0].removeprefix('error: ')}")
-    return json.loads((folder / "memory.json").read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "jax_model5.plan.compiled", chips.name, name]
+        command += ["--config", str(path)]
+        done = subprocess.run(command, env=os.environ | absent, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            words = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+            raise UserError(f"{words[0].removeprefix('error: ')}")
+        memory = json.loads((folder / "memory.json").read_text())
+        return memory, (folder / "program.txt").read_text()
 
 
 def main() -> None:

@@ -2,10 +2,13 @@
 
 import collections
 import dataclasses
-from pathlib import Path
 from typing import Any
 
+import jax
+
+from jax_model5 import sharding
 from jax_model5.config import TrainConfig
+from jax_model5.flash import pairs_of_blocks
 from jax_model5.flops import PEAK_BFLOAT16, step_flops
 from jax_model5.losses import n_last
 from jax_model5.plan import hlo
@@ -21,7 +24,6 @@ _FLOAT32_SHARE = {"cuda": 0.5, "tpu": 1.0}
 def of_program(text: str, memory: dict[str, int], chips: Chips) -> dict[str, Any]:
     """What the program's text and XLA's count of memory say, of one chip."""
     program = hlo.Program(text)
-    flops: dict[str, float] = collections.defaultdict(float)
     moved: dict[str, float] = collections.defaultdict(float)
     sent: dict[str, float] = collections.defaultdict(float)
     traffic, network_s = 0.0, 0.0
@@ -33,19 +35,38 @@ def of_program(text: str, memory: dict[str, int], chips: Chips) -> dict[str, Any
             moved[kind] += size
             sent[carried(instruction)] += size
             network_s += size / _rate(instruction, chips)
-        for inner in program.inside(instruction):
-            if hlo.is_product(inner):
-                operands = program.operands(inner)
-                dtype = operands[0].arrays[0].dtype if operands else inner.arrays[0].dtype
-                flops[dtype] += times * program.flops(inner)
     return {
         "memory": memory | {"total": total(memory)},
-        "flops_by_dtype": dict(flops),
+        "flops_by_dtype": flops_by_dtype(program),
         "traffic_bytes": traffic,
         "collective_bytes": dict(moved),
         "carried_bytes": dict(sent),
         "network_s": network_s,
     }
+
+
+def flops_by_dtype(program: hlo.Program) -> dict[str, float]:
+    """Of every product, as often as it runs, by the dtype of what it multiplies."""
+    flops: dict[str, float] = collections.defaultdict(float)
+    for instruction, times in program.executed():
+        for inner in program.inside(instruction):
+            if hlo.is_product(inner):
+                operands = program.operands(inner)
+                dtype = operands[0].arrays[0].dtype if operands else inner.arrays[0].dtype
+                flops[dtype] += times * program.flops(inner)
+            elif n := _attention_kernel_flops(program, inner):
+                flops["bf16"] += times * n
+    return dict(flops)
+
+
+def _attention_kernel_flops(program: hlo.Program, instruction: hlo.Instruction) -> float:
+    """Of the products inside flash.py's kernels: two forward, and five backward; 0 of all else."""
+    if "triton" not in instruction.text or "_flash/" not in instruction.op_name:
+        return 0.0
+    operands = (array.dims for each in program.operands(instruction) for array in each.arrays)
+    B, L, width = max(operands, key=len)
+    n_products = 5 if "transpose(" in instruction.op_name else 2
+    return n_products * 2.0 * B * pairs_of_blocks(L) * width / 3
 
 
 def total(memory: dict[str, int]) -> int:
@@ -82,6 +103,7 @@ def floor(costs: dict[str, Any], config: TrainConfig, chips: Chips) -> dict[str,
     }
     step = max(times.values())
     tokens = config.batch_size * config.model.seq_len
+    chip_seconds = step * chips.n / tokens
     needed = sum(step_flops(config).values())
     return {
         **{f"{name}_s": seconds for name, seconds in times.items()},
@@ -90,35 +112,53 @@ def floor(costs: dict[str, Any], config: TrainConfig, chips: Chips) -> dict[str,
         "mfu": needed / (step * chips.n * peak),
         "tokens_per_s": tokens / step,
         "targets_per_s": config.batch_size * n_last(config) / step,
+        "chip_hours_per_billion_tokens": chip_seconds * 1e9 / 3600,
         "hours": config.steps * step / 3600,
     }
 
 
 def state_bytes(config: TrainConfig) -> dict[str, int]:
-    """Of the whole state, on however many chips."""
+    """Of what one chip holds of the state, and of the gradients of its parameters."""
     state = abstract_state(config)
-    parameters, moments = n_bytes(state.params), n_bytes(state.opt_state)
+    parameters = _bytes_of_one(state.params, config.mesh.fsdp)
+    moments = _bytes_of_one(state.opt_state, config.mesh.fsdp)
     return {"parameters": parameters, "moments": moments, "gradients": parameters}
 
 
-def plan(config: TrainConfig, chips: Chips, memory: dict[str, int], folder: Path) -> dict[str, Any]:
-    text = (folder / "program.txt").read_text()
+def _bytes_of_one(tree: Any, fsdp: int) -> int:
+    split = jax.tree.map(
+        lambda leaf, spec: n_bytes(leaf) // (fsdp if "fsdp" in spec else 1),
+        tree,
+        sharding.specs(tree, fsdp),
+    )
+    return sum(jax.tree.leaves(split))
+
+
+def plan(config: TrainConfig, chips: Chips, memory: dict[str, int], text: str) -> dict[str, Any]:
+    """What the program's text and XLA's count of memory say of a step, with its floor."""
     costs = of_program(text, memory, chips)
     fits = costs["memory"]["total"] <= chips.chip.memory
     found = {"chips": chips.name, "n_chips": chips.n, "fits": fits, **costs}
-    found |= {"state": state_bytes(config), "floor": floor(costs, config, chips)}
-    return found | {"config": dataclasses.asdict(config)}
+    return found | _of_config(config, costs, chips)
 
 
 def by_hand(config: TrainConfig, chips: Chips) -> dict[str, Any]:
     """Without XLA's compiler: the state, and the step's FLOPs, in the config's dtype."""
-    state, fsdp = state_bytes(config), config.mesh.fsdp
     dtype = "bf16" if config.model.dtype == "bfloat16" else "f32"
+    state = state_bytes(config)
     costs: dict[str, Any] = {
         "flops_by_dtype": {dtype: sum(step_flops(config).values()) / chips.n},
         "traffic_bytes": 0.0,
         "network_s": 0.0,
+        "memory": {"argument": state["parameters"] + state["moments"]},
     }
-    found = {"chips": chips.name, "n_chips": chips.n, "state": state, **costs}
-    found["memory"] = {"argument": (state["parameters"] + state["moments"]) // fsdp}
-    return found | {"floor": floor(costs, config, chips), "config": dataclasses.asdict(config)}
+    return {"chips": chips.name, "n_chips": chips.n, **costs} | _of_config(config, costs, chips)
+
+
+def _of_config(config: TrainConfig, costs: dict[str, Any], chips: Chips) -> dict[str, Any]:
+    return {
+        "state": state_bytes(config),
+        "memory_of_chip": chips.chip.memory,
+        "floor": floor(costs, config, chips),
+        "config": dataclasses.asdict(config),
+    }

@@ -1,0 +1,37 @@
+#!/bin/bash
+# One process a host, which drives all of its GPUs. From the project's folder:
+#   sbatch --nodes=2 --gpus-per-node=8 docs/clusters/slurm.sh --config configs/model5.yaml
+# A run that is preempted, that meets its time limit, or that loses a host is queued again and goes
+# on from its last checkpoint.
+#SBATCH --job-name=model5
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+
+python=${PYTHON:-.venv/bin/python}
+log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+
+# Three minutes before the time limit: every task saves and ends.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+srun --kill-on-bad-exit=0 "$python" -m jax_model5.train "$@" &
+step=$!
+wait $step
+code=$?
+while kill -0 $step 2> /dev/null; do # the trap has ended the wait, not the step
+    wait $step
+    code=$?
+done
+
+if grep -q '^finished at step' "$log"; then
+    exit 0
+fi
+case $code in
+    1 | 2 | 3) exit $code ;; # an error, bad input, a loss that is not finite: no second try helps
+esac
+if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
