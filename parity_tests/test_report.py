@@ -109,11 +109,13 @@ def test_no_such_device_is_one_line():
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_drift_without_a_fault_is_rounding(rate):
     assert drift.measure(report.default_config("float64"), 10, rate).is_rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["wrong epsilon (Flax's default)", "epsilon inside the root"])
 def test_drift_with_a_fault_is_a_bug(fault):
     fault = named(fault)
@@ -122,6 +124,7 @@ def test_drift_with_a_fault_is_a_bug(fault):
         assert not drift.measure(config, 10, 0.1).is_rounding
 
 
+@pytest.mark.slow
 def test_drift_of_one_side_in_float32_is_a_bug(monkeypatch):
     """What TF32 does: float64 agrees, and only one side's own rounding is too large."""
     right = torch.nn.Linear.forward

@@ -152,6 +152,7 @@ def case_file(tmp_path, text_file):
     return path
 
 
+@pytest.mark.slow
 def test_a_comparison_writes_its_table_json_and_plot(tmp_path, case_file):
     out = tmp_path / "out"
     arguments = f"--case {case_file} --peer course --rounds 2 --steps 1 --out {out}".split()
@@ -170,6 +171,7 @@ def test_a_comparison_writes_its_table_json_and_plot(tmp_path, case_file):
     assert matplotlib.image.imread(out / "tiny_final_token.png").shape[2] == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
     monkeypatch.setitem(cases.SWEEPS, "last_k", (1, 16))
     arguments = f"--case {case_file} --sweep last_k --rounds 1 --steps 2 --out {tmp_path}"
@@ -228,6 +230,7 @@ def test_a_program_that_died_between_turns_is_told():
         child.ask("step", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [{}, {"gelu": "tanh", "tied_head": False}], ids=str)
 def test_peers_need_the_same_weights_to_compare_losses(variant, tmp_path, text_file):
     """PyTorch at the weights that our side wrote has our loss; at other weights it has not."""

@@ -75,6 +75,7 @@ def test_a_damaged_newest_checkpoint_falls_back(config, damage, capsys):
     assert len(list(Path(config.workdir).glob("damaged_checkpoints/12-*"))) == 1
 
 
+@pytest.mark.slow
 def test_after_a_fall_back_the_run_ends_as_if_nothing_had_happened(config, finished):
     path = largest_file(config, 12)
     path.write_bytes(path.read_bytes()[:100])
@@ -148,6 +149,7 @@ def test_the_config_of_a_run_starts_it_again(finished):
     assert parse(["--config", str(path)], "test") == finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["1", "8", "2 x 4"])
 def test_plain_orbax_reads_a_checkpoint_as_the_docs_say(tmp_path, text_file, monkeypatch, mesh):
     """Runs the page's own lines here, on one device, whatever wrote the checkpoint."""

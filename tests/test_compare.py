@@ -80,6 +80,7 @@ def test_equal_flops_are_equal():
     assert runs[0].config.steps > runs[1].config.steps
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_clock(tmp_path, configs):
     """A step is timed after the first, which may compile."""
     ticks = iter([x for k in range(5) for x in (100 * k, 100 * k + 2)])
@@ -192,6 +193,7 @@ def test_the_page_is_whole_in_itself(finished):
     assert "<td>-</td>" not in speed, "a run does not reach what all reach"
 
 
+@pytest.mark.slow
 def test_a_second_start_reuses_everything(finished, configs):
     def times():
         kept = [p for p in finished.rglob("*") if p.is_file() and p.parent != finished]

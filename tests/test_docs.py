@@ -73,6 +73,7 @@ def test_ci_runs_the_readmes_own_test_command():
     assert "<!-- test command -->" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.mark.slow
 def test_the_script_of_the_docs_runs(tmp_path):
     """At most 15 lines: a loss of one's own, and something of the state every 10 steps."""
     text = (ROOT / "docs/from_python.md").read_text()

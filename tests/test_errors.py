@@ -178,6 +178,7 @@ def test_bad_input_ends_with_one_line(name, inputs, tmp_path, text_file, main_he
     assert not list(tmp_path.glob("cache/.*.building")), "half a corpus was left"
 
 
+@pytest.mark.slow
 def test_the_reference_says_the_same():
     for args in ("--model.d_modl 64", "--data.source none.txt"):
         ours, theirs = (
@@ -216,6 +217,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", STREAMS)
 def test_a_run_without_a_reader_goes_on(how, tmp_path, text_file):
     """Also one that has to tokenize first: its words are no fault of the cache's disk."""
@@ -259,6 +261,7 @@ def test_a_full_disk_while_tokenizing(tmp_path, text_file):
     assert list((tmp_path / "cache").glob(".*.building")) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_what_was_saved(tmp_path, text_file):
     config = tiny(tmp_path, text_file, steps=8)
     assert train.train(config) == "finished"

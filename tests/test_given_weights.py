@@ -64,6 +64,7 @@ def test_frozen_leaves_cost_no_optimizer_memory():
     assert moments(with_optimizer(SOME, freeze=())) == 2 * sum(sizes)
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_is_that_of_what_moves():
     """As PyTorch's, where a parameter without requires_grad has no gradient."""
     state = step.init_state(jax.random.key(0), config=SOME)
@@ -120,6 +121,7 @@ def test_a_run_starts_from_given_weights(source, tmp_path, leaves):
         assert taken <= {"wte"} | untouched
 
 
+@pytest.mark.slow
 def test_frozen_given_embeddings_and_a_resume_that_needs_no_source(source, tmp_path, text_file):
     """Course lesson 07: embeddings copied and frozen."""
     copy = shutil.copytree(source.workdir, tmp_path / "copy")

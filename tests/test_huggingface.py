@@ -364,6 +364,7 @@ def test_a_name_of_the_hub_is_read_from_the_clients_cache(tmp_path, monkeypatch)
     assert bits(named) == bits(params)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_closing_line_work(tmp_path, text_file, main_here):
     weights = saved(gpt2(SMALL), tmp_path / "theirs")
     code, out, err = main_here("import", weights, "--out", tmp_path / "our weights")

@@ -216,6 +216,7 @@ def test_model_5_has_the_noise_of_its_sequences_gradients(objective, n):
     assert ours["trace"] != pytest.approx(other["trace"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_batches_of_one_sequence_have_the_same_noise_per_sequence():
     ours = measured(batch_size=1)
     expected = brute_force(sequence_gradients(1), 1)
@@ -223,6 +224,7 @@ def test_batches_of_one_sequence_have_the_same_noise_per_sequence():
     assert ours["trace"] == pytest.approx(measured()["trace"], rel=0.3)  # not 3 times larger
 
 
+@pytest.mark.slow
 def test_last_k_reaches_from_the_final_token_to_all_tokens():
     of = {
         (objective, k): measured(dataclasses.replace(CONFIG, objective=objective, last_k=k))
@@ -237,6 +239,7 @@ def test_last_k_reaches_from_the_final_token_to_all_tokens():
     assert of["final_token", 1]["trace"] > of["last_k", 2]["trace"] > of["all_tokens", 1]["trace"]
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_noise():
     ours = measured(with_optimizer(CONFIG, freeze=["wte"]))
     assert ours["trace"] < 0.9 * measured()["trace"]

@@ -45,6 +45,7 @@ def test_a_line_names_who_is_slow_twice_in_a_row(monkeypatch, seconds, lines):
     assert said == lines
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_slow(tmp_path, text_file):
     config = tiny(tmp_path, text_file, steps=10, eval_every=5)
     results = ends(launch(config, range(2), 2, code=ONE_IS_SLOW))

@@ -272,6 +272,7 @@ def test_the_nearest_change_that_fits_is_named(name, needs, keys, capfd):
 # ---- planned against measured -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

@@ -70,6 +70,7 @@ def wait_for_steps(config, processes, n: int) -> None:
 # ---- agreeing -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["a setting", "the text", "the folder"])
 def test_processes_that_differ_are_refused_with_the_name(tmp_path, text_file, what):
     config = tiny(tmp_path, text_file)
@@ -100,6 +101,7 @@ def test_a_cache_and_the_place_of_the_text_may_be_each_ones_own(tmp_path, text_f
     assert ends(launch(config, range(2), 2, (), own)) == [(0, ""), (0, "")]
 
 
+@pytest.mark.slow
 def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path, text_file):
     config = tiny(tmp_path, text_file)
     for code, line in ends(launch(config, range(2), 2, *[("--mesh.data=1",)] * 2)):
@@ -150,6 +152,7 @@ JOINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", JOINS)
 def test_processes_that_do_not_meet_end_with_one_line(tmp_path, text_file, what):
     indices, n, address, said = JOINS[what]
@@ -161,6 +164,7 @@ def test_processes_that_do_not_meet_end_with_one_line(tmp_path, text_file, what)
         assert "\n" not in line
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_one_line(tmp_path, text_file):
     config = tiny(tmp_path, text_file)
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
@@ -205,6 +209,7 @@ def test_damage_that_one_process_sees_is_damage_for_all(tmp_path, text_file, whe
     assert {path.name for path in Path(config.workdir, "checkpoints").iterdir()} == {"12", "14"}
 
 
+@pytest.mark.slow
 def test_a_signal_that_another_process_got_is_named(tmp_path, text_file):
     config = tiny(tmp_path, text_file, steps=100_000, eval_every=100_000)
     processes = launch(config, range(2), 2)
@@ -245,6 +250,7 @@ def open_mpi(index: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [slurm, open_mpi])
 def test_processes_of_a_launcher_join(tmp_path, text_file, launcher):
     config = tiny(tmp_path, text_file, steps=2)
@@ -312,6 +318,7 @@ runpy.run_module("jax_model5.train", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_catches_ends_all(tmp_path, text_file):
     config = tiny(tmp_path, text_file)
     first, second = ends(launch(config, range(2), 2, code=UNCAUGHT))
@@ -368,6 +375,7 @@ def test_a_service_that_ends_keeps_its_processes_and_takes_no_new_ones():
     assert service._process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 def test_the_variables_win_over_a_launcher(tmp_path, text_file):
     config = tiny(tmp_path, text_file, steps=2)
     wrong = slurm(0) | {"SLURM_NTASKS": "7"}
@@ -386,6 +394,7 @@ print(jax.config.read("jax_cuda_visible_devices"), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_the_variables_name_keep_all_their_devices(tmp_path, text_file):
     """Else a launcher's number on the node would hide all devices but one."""
     config = tiny(tmp_path, text_file)

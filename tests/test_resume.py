@@ -98,7 +98,10 @@ def test_a_kill_changes_no_number_at_the_default_width(tmp_path, text_file):
     assert numbers(workdir) == numbers(Path(config.workdir))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name",
+    ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP"))],
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
     args, expected = long_run
     args = [*args, "--steps=200"]
@@ -119,6 +122,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, long_run, name):
     assert numbers(workdir) == expected
 
 
+@pytest.mark.slow
 def test_an_ignored_hang_up_stays_ignored(tmp_path, long_run):
     """`nohup`: the terminal closes, and the run goes on to its end."""
     args, _ = long_run
@@ -131,6 +135,7 @@ def test_an_ignored_hang_up_stays_ignored(tmp_path, long_run):
     assert "finished at step 60" in out
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_gone_goes_on(tmp_path, long_run):
     """Its output is a closed pipe, its errors a terminal that hung up while it trained."""
     args, expected = long_run
@@ -188,6 +193,7 @@ def test_a_run_writes_only_what_the_design_names(tmp_path, text_file):
     assert samples in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [1e6, 1e38])
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
     tmp_path, text_file, learning_rate
@@ -210,6 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(
     assert [r for r in records if (r["kind"], r["step"]) == ("eval", last_good)]
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path, long_run):
     args, expected = long_run
     process = start(*args, "--workdir", tmp_path, "--steps=200")

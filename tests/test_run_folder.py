@@ -35,6 +35,7 @@ def numbers(config) -> list[str]:
 # ---- copied, moved ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a copy", "moved", "from inside"])
 def test_a_config_in_a_runs_folder_means_that_folder(
     finished, config, tmp_path, monkeypatch, place
@@ -113,6 +114,7 @@ LOST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOST)
 def test_a_damaged_log_goes_on_and_says_what_is_lost(config, capsys, kind):
     path = Path(config.workdir, "metrics.jsonl")
@@ -129,6 +131,7 @@ def test_a_damaged_log_goes_on_and_says_what_is_lost(config, capsys, kind):
     assert len(path.read_text().splitlines()) == len(record.read(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["garbage", "cut"])
 def test_a_restart_before_the_damage_loses_nothing(config, finished, kind):
     """What is trained again is written again."""
@@ -209,6 +212,7 @@ def test_a_flipped_bit_of_meta_falls_back(config, capsys):
     assert "going on from checkpoint 8" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cores", "devices", "device"])
 def test_another_machine_is_one_line(config, capsys, monkeypatch, name):
     machine = checkpoint.machine()

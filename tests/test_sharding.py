@@ -50,7 +50,7 @@ def plant(fault: str) -> None:
     from jax_model5 import losses, model, sharding
 
     if fault == "few rows":
-        losses._ROWS = 8
+        losses.ROWS = 8
     if fault == "no split":  # XLA splits as it likes: the tree before these tests
         sharding.on_each_device = lambda function, *_: function
     if fault == "table twice":  # its lookup's and its head's gradients cross apart
@@ -87,7 +87,7 @@ def require_little_travels(fault: str, mesh: str, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("objective", ["final_token", "all_tokens"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [pytest.param("both", marks=pytest.mark.slow), "fsdp"])
 def test_only_weights_and_gradients_travel_and_each_once(mesh, objective):
     require_little_travels("", mesh, f"--objective={objective}")
 
@@ -98,6 +98,7 @@ def test_a_chunk_of_the_loss_counts_a_device_s_rows():
     assert 8 in rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["no split", "table twice"])
 def test_what_travels_needlessly_is_seen(fault):
     with pytest.raises(AssertionError, match=r"product|twice"):

@@ -159,6 +159,7 @@ def losses(workdir) -> list[float]:
     return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_train_alike(tmp_path, text_file):
     """Also with the parameters sharded; and a checkpoint of 8 devices restores onto 1."""
     config = tiny(tmp_path, text_file, batch_size=8, steps=8)
@@ -196,6 +197,7 @@ print(json.dumps([jax.process_count(), int(total), shards]))
 """
 
 
+@pytest.mark.slow
 def test_four_processes_see_the_batch_of_one(tmp_path, text_file):
     config = tiny(tmp_path, text_file, batch_size=8)
     port = free_port()

@@ -371,6 +371,7 @@ def some_text(dice: random.Random, n: int) -> str:
     return "".join(dice.choice(PIECES) for _ in range(n))
 
 
+@pytest.mark.slow
 def test_no_cut_changes_a_token(monkeypatch):
     monkeypatch.setattr(tokenizer, "PART", 8)
     dice, n_cuts = random.Random(0), 0
@@ -569,6 +570,7 @@ def in_a_process(source: Path, *signals: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["nothing", "text", "tokens", "progress"])
 def test_a_kill_while_tokenizing_goes_on_where_it_was(tmp_path, change):
     """Each process is killed once it has saved; the tokens are those of one that was not."""
@@ -598,6 +600,7 @@ def test_a_kill_while_tokenizing_goes_on_where_it_was(tmp_path, change):
     assert {key for key in resumed if resumed[key] != undisturbed[key]} <= times_only
 
 
+@pytest.mark.slow
 def test_a_signal_while_tokenizing_keeps_what_was_saved(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"text": f"word {i} " * 40}) + "\n" for i in range(60)))
@@ -609,6 +612,7 @@ def test_a_signal_while_tokenizing_keeps_what_was_saved(tmp_path):
     assert 0 < saved[0] < saved[1]
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_tokenizes_and_the_others_wait(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"text": f"word {i} " * 400}) + "\n" for i in range(300)))

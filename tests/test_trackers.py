@@ -74,6 +74,7 @@ def log_points(workdir: Path) -> list[tuple[str, int, float]]:
 READERS = {"tensorboard": tensorboard_points, "wandb": wandb_points}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", READERS)
 def test_a_run_that_was_killed_and_went_on_has_each_point_once(
     tmp_path, text_file, monkeypatch, tracker
