@@ -166,15 +166,18 @@ def h100() -> str:
 def plans(name: str) -> str:
     """What each choice of chips costs, and the commit that was compiled."""
     run, parts = read(f"scale/{name}.json"), ("compute", "memory", "network")
-    head = ["chips", "memory of one", "products of one", "its traffic", "network into one"]
-    head += ["compute", "memory", "network", "floor", "MFU there", "tokens/s", "commit"]
+    head = ["chips", "batch", "parameters + moments", "temporaries", "of", "products of one"]
+    head += ["its traffic", "network into one", *parts, "floor", "MFU there", "tokens/s", "commit"]
     rows = []
     for plan in run["plans"]:
-        floor, network = plan["floor"], sum(plan["collective_bytes"].values())
+        floor, network, state = plan["floor"], sum(plan["collective_bytes"].values()), plan["state"]
         rows.append(
             [
                 f"`{plan['chips']}`",
-                f"{plan['memory']['total'] / 1e9:.2f} GB",
+                str(plan["config"]["batch_size"]),
+                f"{(state['parameters'] + state['moments']) / 1e9:.2f} GB",
+                f"{plan['memory']['temp'] / 1e9:.2f} GB",
+                f"{plan['memory_of_chip'] / 1e9:.0f} GB",
                 f"{sum(plan['flops_by_dtype'].values()) / 1e12:.3g} TFLOP",
                 f"{plan['traffic_bytes'] / 1e9:.3g} GB",
                 f"{network / 1e9:.3g} GB",
@@ -185,6 +188,48 @@ def plans(name: str) -> str:
                 run["commit"],
             ]
         )
+    return markdown(head, rows)
+
+
+def scaling(name: str) -> str:
+    """The same batch on more and more chips."""
+    run, rows = read(f"scale/{name}.json"), []
+    first = run["plans"][0]["floor"]["tokens_per_s"] / run["plans"][0]["n_chips"]
+    for plan in run["plans"]:
+        floor = plan["floor"]
+        rows.append(
+            [
+                f"`{plan['chips']}`",
+                "yes" if plan["fits"] else "no",
+                f"{floor['step_s'] * 1e3:.3g} ms",
+                floor["ruled_by"],
+                f"{floor['tokens_per_s'] / plan['n_chips'] / first:.0%}",
+                f"{floor['network_s'] / floor['step_s']:.0%}",
+                run["commit"],
+            ]
+        )
+    head = ["chips", "fits", "floor", "ruled by", "efficiency", "network, of the floor", "commit"]
+    return markdown(head, rows)
+
+
+def measured() -> str:
+    """Planned against measured where a device is."""
+    rows = []
+    for path in sorted((ROOT / "docs/scale").glob("measured_*.json")):
+        run = read(f"scale/{path.name}")
+        memory, flops = run["memory"], run["flops"]
+        rows.append(
+            [
+                f"`{run['command'].partition('plan ')[2].partition(' --out')[0]}`",
+                f"{memory['planned'] / 1e9:.3f} GB",
+                f"{memory['measured'] / 1e9:.3f} GB",
+                f"{memory['measured'] / memory['planned']:.2f}",
+                f"{flops['measured'] / flops['planned']:.3f}",
+                run["machine"]["processor"],
+                run["commit"],
+            ]
+        )
+    head = ["keys", "memory planned", "measured", "ratio", "ratio of FLOPs", "machine", "commit"]
     return markdown(head, rows)
 
 
@@ -348,6 +393,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "programs": programs,
     "h100": h100,
     "plans": plans,
+    "scaling": scaling,
+    "measured": measured,
     "generation": generation,
     "knobs": knobs,
     "sweep": sweep,

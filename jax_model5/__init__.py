@@ -8,3 +8,15 @@ Around them stand, and never import each other:
 
     huggingface doctor bench compare plan
 """
+
+import glob
+import sys
+import typing
+
+DEVICE_FILES = ("/dev/nvidia*", "/dev/accel*", "/dev/vfio/*", "/dev/dxg", "/dev/kfd")
+
+# With XLA's compiler for absent GPUs installed (`jax_model5.plan`), `import jax` loads NVIDIA's
+# kernels too, and each of their libraries writes to the terminal that there is no driver.
+if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in DEVICE_FILES):
+    for _name in ("jax_cuda12_plugin", "jax_cuda13_plugin"):
+        sys.modules.setdefault(_name, typing.cast(typing.Any, None))

@@ -12,12 +12,11 @@ from typing import Any, TextIO
 
 import jax
 
-from jax_model5 import processes
+from jax_model5 import DEVICE_FILES, processes
 from jax_model5.config import TrainConfig
 from jax_model5.errors import UserError, require, write_line
 
 _LEAST_ADDRESS_SPACE = 3 << 30  # bytes
-_DEVICE_FILES = ("/dev/nvidia*", "/dev/accel*", "/dev/vfio/*", "/dev/dxg", "/dev/kfd")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -49,7 +48,7 @@ def leave_absent_chips_alone() -> None:
     and both of them warn.
     """
     is_known = sys.platform == "linux" and "JAX_PLATFORMS" not in os.environ
-    if is_known and not any(glob.glob(pattern) for pattern in _DEVICE_FILES):
+    if is_known and not any(glob.glob(pattern) for pattern in DEVICE_FILES):
         jax.config.update("jax_platforms", "cpu")
 
 

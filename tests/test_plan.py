@@ -16,7 +16,8 @@ from jax_model5.plan import costs, hlo, report, search
 from jax_model5.plan.__main__ import plan_for, split_over
 from jax_model5.plan.chips import parse_chips
 from jax_model5.programs import Programs
-from tests.tiny import ROOT, run
+from tests.tiny import ROOT, run, tiny
+from tests.tiny import flags as flags_of
 
 # Seven layers, so that the trunk is a loop; every product once, so that the count is the formula's.
 MODEL = ModelConfig(
@@ -182,6 +183,17 @@ def test_a_small_model_is_compiled_for_chips_that_are_not_here(tmp_path):
     last = err.splitlines()[-1]
     assert last.startswith("error: chips='v5e:3x5': XLA does not know this topology")
     assert last.endswith("try v5e:4x4 or v5e:2x4")
+
+
+@pytest.mark.compilers
+def test_with_the_compilers_installed_a_run_starts_as_before(tmp_path, text_file):
+    """No look-up of a TPU, no words of CUDA's libraries."""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    code, out, err = run(*flags_of(tiny(tmp_path, text_file)), env=env)
+    assert code == 0, err
+    assert "1 x cpu" in out
+    steps = ("step ", "tokenized ")
+    assert [line for line in err.splitlines() if not line.startswith(steps)] == []
 
 
 # ---- other ways to do the same run --------------------------------------------------------------
@@ -351,7 +363,7 @@ def test_bfloat16_sums_over_many_devices_lose_what_float32_keeps():
 LEFT_ALONE = """
 import sys, jax
 from jax_model5 import startup
-startup._DEVICE_FILES = sys.argv[1:]
+startup.DEVICE_FILES = sys.argv[1:]
 startup.leave_absent_chips_alone()
 print(jax.config.jax_platforms)
 """

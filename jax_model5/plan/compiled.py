@@ -1,4 +1,4 @@
-"""Compiles a run's training step for chips that are not here: `... compiled CHIPS FOLDER [--key]`.
+"""Compiles a run's training step for chips that are not here.
 
 A process of its own, because XLA's compilers are set up once in each, by the environment.
 """
@@ -15,6 +15,12 @@ from jax_model5.config import TrainConfig, parse, to_yaml
 from jax_model5.errors import UserError, one_line_errors
 from jax_model5.plan.chips import Chips, devices, parse_chips
 
+# JAX first, so that it loads what `jax_model5` hides from it: the kernels of an absent GPU.
+_WITH_PLUGINS = """
+import jax, runpy
+runpy.run_module("jax_model5.plan.compiled", run_name="__main__", alter_sys=True)
+"""
+
 
 def compile_for(chips: Chips, config: TrainConfig) -> tuple[dict[str, int], str]:
     """The step's memory by kind [bytes], and the program's text.
@@ -29,8 +35,7 @@ def compile_for(chips: Chips, config: TrainConfig) -> tuple[dict[str, int], str]
         folder = Path(name)
         path = folder / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-m", "jax_model5.plan.compiled", chips.name, name]
-        command += ["--config", str(path)]
+        command = [sys.executable, "-c", _WITH_PLUGINS, chips.name, name, "--config", str(path)]
         done = subprocess.run(command, env=os.environ | absent, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
