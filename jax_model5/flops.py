@@ -97,7 +97,7 @@ def recomputed_flops(config: TrainConfig, n_devices: int = 1) -> float:
     """
     c, parts = config.model, step_flops(config)
     trunk, rows = c.n_layers - 1, config.batch_size // config.accumulate // n_devices
-    again = parts["head"] / 3 if rows * n_last(config) > ROWS else 0.0
+    again = parts["head"] / 3 if n_last(config) > max(1, ROWS // rows) else 0.0
     attention = 2.0 * config.batch_size * c.d_model * attended_pairs(c.seq_len, c.seq_len) * trunk
     if c.remat == "full":  # of a block's 12 D^2 the last product, 4 D^2, is not needed again
         return again + parts["full blocks"] / 3 * 8 / 12 + 2 * attention

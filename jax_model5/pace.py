@@ -17,7 +17,7 @@ _WORK_SECONDS, _WIDTH, _NAME_BYTES = 0.05, 1024, 64
 
 
 class Pace:
-    """Measures each process's own device; in a step all wait for the slowest and nobody sees it."""
+    """Measures each process's own devices; in a step all wait for the slowest and nobody sees it."""
 
     def __init__(self) -> None:
         self._n_products, self._before = 1, np.zeros(0)
@@ -53,8 +53,12 @@ def slowness(seconds: np.ndarray) -> np.ndarray:
 
 
 def work_seconds(n_products: int) -> float:
-    """So long this process's first device takes for that many products of matrices."""
-    with jax.default_device(jax.local_devices()[0]):
+    """So long this process's slowest device takes for that many products of matrices."""
+    return max(_device_seconds(device, n_products) for device in jax.local_devices())
+
+
+def _device_seconds(device: jax.Device, n_products: int) -> float:
+    with jax.default_device(device):
         x = jnp.full((_WIDTH, _WIDTH), 1 / _WIDTH)
         jax.block_until_ready(_products(x, 1))  # compiled, and the device is idle
         start = time.perf_counter()

@@ -29,7 +29,7 @@ JOIN_SECONDS = 120
 LOST_SECONDS = 60
 """So long after one of them is gone, at most, the others go on."""
 EXIT_CODE = 4
-"""Of a process that ends because another is gone."""
+"""Of a process that ends because another is gone, and left no code of its own."""
 
 _VARIABLES = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
 _BYE, _HANDSHAKE_SECONDS, _GRACE_SECONDS = b"bye\n", 10.0, 10.0
@@ -272,7 +272,7 @@ def _watch_each_other() -> None:
     else:
         address = distributed.global_state.coordinator_address or ""
         _start(_listen, address.rpartition(":")[0].strip("[]"), int(port), password)
-    on_failure.append(os._exit)  # without the barrier at the end, at which the others are not
+    on_failure.append(_end)  # without the barrier at the end, at which the others are not
     sys.excepthook = _fail
     atexit.register(_leave)
 
@@ -329,25 +329,35 @@ def _await_end(index: int, connection: socket.socket) -> None:
         said = connection.recv(64)
     if said == _BYE or not _watch.is_on:
         return
-    lost = int(said.split()[0]) if said else index
+    lost, code = map(int, said.split()[:2]) if said else (index, EXIT_CODE)
     with _one_ends:
-        for other in _connections.values():
-            with contextlib.suppress(OSError):
-                other.sendall(f"{lost}\n".encode())
-        end_because(f"process {lost} of {jax.process_count()} is gone")
+        _tell_others(lost, code)
+        end_because(f"process {lost} of {jax.process_count()} is gone", code)
 
 
-def end_because(what: str) -> None:
+def _tell_others(lost: int, code: int) -> None:
+    for other in _connections.values():
+        with contextlib.suppress(OSError):
+            other.sendall(f"{lost} {code}\n".encode())
+
+
+def _end(code: int) -> None:
+    """Ends this process, which has failed, and the others with its code: a launcher sees one."""
+    _tell_others(jax.process_index(), code)
+    os._exit(code)
+
+
+def end_because(what: str, code: int = EXIT_CODE) -> None:
     """Ends this process of several with one line."""
     again = "so this one ends too; start all of them again: they go on from the last checkpoint"
     write_line(f"error: {what}, {again}")
-    os._exit(EXIT_CODE)
+    os._exit(code)
 
 
 def _fail(*error: Any) -> None:
     """An error that nobody catches ends the process at once, and with it the others."""
     sys.__excepthook__(*error)
-    os._exit(1)
+    _end(1)
 
 
 def _leave() -> None:

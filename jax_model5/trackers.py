@@ -69,8 +69,7 @@ class WandB:
         name = path / "run_id"
         if not name.exists():
             name.write_text(secrets.token_hex(4))
-        for unsent in path.glob("offline-run-*"):
-            shutil.rmtree(unsent)
+        before = list(path.glob("offline-run-*"))
         os.environ.setdefault("WANDB_PROJECT", "jax_model5")
         settings = wandb.Settings(silent=True, console="off")
         try:
@@ -82,9 +81,11 @@ class WandB:
                 config=flatten(config),
                 settings=settings,
             )
-        except wandb.Error as error:
-            fix = "or set WANDB_MODE=offline"
-            raise UserError(f"tracker='wandb': {error} {fix}") from None
+        except (wandb.Error, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"tracker='wandb': {reason}; or set WANDB_MODE=offline") from None
+        for folder in before:
+            shutil.rmtree(folder)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         if step >= self._run.starting_step:

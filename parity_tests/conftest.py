@@ -34,7 +34,7 @@ def _programs_of_one_module():
 @pytest.fixture(autouse=True)
 def _logits_in_chunks(monkeypatch):
     """The smallest cases stay whole; longer ones take the path of a full-size vocabulary."""
-    monkeypatch.setattr(losses, "_ROWS", 40)
+    monkeypatch.setattr(losses, "ROWS", 40)
 
 
 @pytest.fixture

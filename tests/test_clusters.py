@@ -177,6 +177,7 @@ def mpi(config, folder: Path) -> subprocess.Popen:
     hosts = folder / "hosts"
     hosts.write_text("localhost slots=2\n")
     options = {"PYTHON": sys.executable, "PER_HOST": "2", "MPI_OPTIONS": "--allow-run-as-root"}
+    options["RETRY_SECONDS"] = "1"
     return subprocess.Popen(
         [*HEED_SIGNALS, CLUSTERS / "openmpi.sh", hosts, *flags(config)],
         env=os.environ | options,

@@ -81,7 +81,7 @@ def test_the_suffix_path_is_the_full_path_sliced(n_last, n_layers):
 def test_the_chunked_loss_is_the_loss_of_all_logits(monkeypatch):
     params = new_params()
     config = TrainConfig(model=MODEL)
-    monkeypatch.setattr(losses, "_ROWS", 12)  # 4 positions of 3 sequences
+    monkeypatch.setattr(losses, "ROWS", 12)  # 4 positions of 3 sequences
 
     def chunked(params):
         return losses.position_losses(

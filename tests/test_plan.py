@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import pytest
 
 from jax_model5 import flops
 from jax_model5.config import ModelConfig, TrainConfig, parse
+from jax_model5.errors import UserError
+from jax_model5.plan import __main__ as plan_main
 from jax_model5.plan import costs, hlo, report, search
 from jax_model5.plan.__main__ import plan_for, split_over
 from jax_model5.plan.chips import parse_chips
@@ -165,6 +168,12 @@ def test_without_a_compiler_the_state_is_planned_and_the_command_named(
     assert plan["memory"] == {"argument": 3 * 4 * 7_259_008 + 8}
 
 
+def test_a_search_without_a_compiler_is_one_line(monkeypatch):
+    monkeypatch.setattr(plan_main, "compiler_is_here", lambda chips: "pip install it")
+    with pytest.raises(UserError, match="no compiler for v5e:2x2 here; pip install it"):
+        plan_main.parse_args(["--search", "--chips=v5e:2x2"])
+
+
 @pytest.mark.compilers
 def test_a_small_model_is_compiled_for_chips_that_are_not_here(tmp_path):
     flags = "--model.d_model=128 --model.n_heads=2 --model.dtype=bfloat16 --mesh.fsdp=4".split()
@@ -183,6 +192,18 @@ def test_a_small_model_is_compiled_for_chips_that_are_not_here(tmp_path):
     last = err.splitlines()[-1]
     assert last.startswith("error: chips='v5e:3x5': XLA does not know this topology")
     assert last.endswith("try v5e:4x4 or v5e:2x4")
+
+
+@pytest.mark.compilers
+def test_what_a_chip_cannot_hold_is_said_with_what_would_fit(tmp_path):
+    """XLA's compiler for a TPU makes no program that is too large."""
+    keys = "--model.dtype=bfloat16 --model.n_layers=2 --model.remat=none --batch_size=16384".split()
+    chips = "--chips=v5e:1x1", f"--out={tmp_path}"
+    code, out, err = run(*chips, *keys, module="jax_model5.plan")
+    assert code == 1, err
+    assert re.search(r"v5e:1x1: needs \d+\.\d GB of 16; with --accumulate=\d+ it needs", out), out
+    (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert plan["memory"]["total"] > 16e9
 
 
 @pytest.mark.compilers
@@ -334,6 +355,7 @@ def test_a_plan_holds_where_it_is_measured(tmp_path):
         ("", "chips: name some"),
         ("--measure --chips=v5e:2x2", "chips: name some"),
         ("--search --chips=v5e:2x2 --chips=h100:8", "want one --chips"),
+        ("--search --sweep=chips --chips=v5e:2x2", "not allowed with"),
     ],
 )
 def test_bad_combinations_are_one_line(keys, words):

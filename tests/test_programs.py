@@ -124,7 +124,7 @@ def test_a_loss_gets_the_right_logits_in_chunks_too(config, monkeypatch):
         )
 
     whole = all_losses()
-    monkeypatch.setattr(losses, "_ROWS", 3 * config.batch_size)  # 16 = 5 * 3 + 1 positions
+    monkeypatch.setattr(losses, "ROWS", 3 * config.batch_size)  # 16 = 5 * 3 + 1 positions
     np.testing.assert_allclose(all_losses(), whole, rtol=1e-5)
     assert np.abs(whole - whole[:, ::-1]).max() > 1e-3, "too alike to tell"
 

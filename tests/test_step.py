@@ -93,7 +93,7 @@ def test_remat_full_takes_less_memory(n_layers):
 def test_a_scanned_trunk_is_the_unrolled_one(monkeypatch):
     config = dataclasses.replace(PLAIN, model=MODEL)
     unrolled = loss_and_gradients(config)
-    monkeypatch.setattr(model, "_UNROLLED", 0)
+    monkeypatch.setattr(model, "UNROLLED", 0)
     scanned = loss_and_gradients(config)
     assert scanned[0] == pytest.approx(float(unrolled[0]), rel=3e-7)
     for a, b in zip(jax.tree.leaves(scanned[1]), jax.tree.leaves(unrolled[1]), strict=True):

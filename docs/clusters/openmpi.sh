@@ -12,9 +12,13 @@ shift
 stopped=
 trap 'stopped=yes; kill -TERM $mpirun' TERM INT HUP
 
-for _ in 1 2 3 4 5 6 7 8 9 10; do
-    # Without the long timeout mpirun kills with SIGKILL a second after SIGTERM.
-    mpirun --hostfile "$hosts" --map-by "ppr:${PER_HOST:-1}:node" --bind-to none \
+for attempt in {0..10}; do
+    if [ "$attempt" -gt 0 ]; then
+        sleep "${RETRY_SECONDS:-30}" # a host that was lost comes back
+    fi
+    # Without the long timeout mpirun kills with SIGKILL a second after SIGTERM; in a session of its
+    # own it gets the signal once, from here.
+    setsid mpirun --hostfile "$hosts" --map-by "ppr:${PER_HOST:-1}:node" --bind-to none \
         --mca odls_base_sigkill_timeout 300 ${MPI_OPTIONS-} \
         "$python" -m jax_model5.train "$@" &
     mpirun=$!

@@ -11,7 +11,8 @@
 #SBATCH --signal=B:USR1@180
 
 python=${PYTHON:-.venv/bin/python}
-log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+log=$(readlink /proc/$$/fd/1)
+before=$(stat -c %s "$log")
 
 # Three minutes before the time limit: every task saves and ends.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
@@ -25,7 +26,7 @@ while kill -0 $step 2> /dev/null; do # the trap has ended the wait, not the step
     code=$?
 done
 
-if grep -q '^finished at step' "$log"; then
+if tail -c +$((before + 1)) "$log" | grep -q '^finished at step'; then
     exit 0
 fi
 case $code in

@@ -10,7 +10,7 @@ from jax_model5.config import TrainConfig, parse
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors
 from jax_model5.plan import costs, report, search
 from jax_model5.plan.chips import Chips, compiler_is_here, parse_chips
-from jax_model5.plan.compiled import compile_for
+from jax_model5.plan.compiled import DoesNotFit, compile_for
 from jax_model5.plan.measure import measure
 from jax_model5.startup import leave_absent_chips_alone, note, set_up_jax
 
@@ -21,9 +21,10 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     chips = "v5e:4x4, v5p:2x2x1, h100:8, ...; repeat it to compare; all other keys are the run's"
     parser.add_argument("--chips", action="append", default=[], help=chips)
     parser.add_argument("--price", type=float, help="of one chip for an hour, in any money")
+    ways = parser.add_mutually_exclusive_group()
     others = "meshes x remat x accumulate x batch that fit, by what a token costs"
-    parser.add_argument("--search", action="store_true", help=others)
-    parser.add_argument("--sweep", choices=["chips"], help="one chip of the kind, and more, up to")
+    ways.add_argument("--search", action="store_true", help=others)
+    ways.add_argument("--sweep", choices=["chips"], help="one chip of the kind, and more, up to")
     here = "planned against measured on the device that is here; no --chips"
     parser.add_argument("--measure", action="store_true", help=here)
     folder = "folder of plan.json and plan.png; default runs/plan"
@@ -34,6 +35,8 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
         raise UserError("chips: name some, such as --chips v5e:2x2, or give --measure alone")
     if (options.search or options.sweep) and len(options.chips) != 1:
         raise UserError("chips: --search and --sweep want one --chips")
+    if options.search and (command := compiler_is_here(options.chips[0])):
+        raise UserError(f"search: no compiler for {options.chips[0].name} here; {command}")
     if options.price is not None and options.price < 0:
         raise UserError(f"price={options.price}: must not be negative")
     return options, parse(rest, "jax_model5.plan")
@@ -76,7 +79,7 @@ def _suggest(all_chips: Sequence[Chips], config: TrainConfig, plans: Sequence[se
     for chips, found in zip(all_chips, plans, strict=True):
         if found.get("fits") is False:
             needs = f"{found['memory']['total'] / 1e9:.1f} GB of {chips.chip.memory / 1e9:.0f}"
-            change = search.nearest_that_fits(chips, config, plan_for)
+            change = search.nearest_that_fits(chips, split_over(chips, config), plan_for)
             words = "and no mesh, remat or accumulation does"
             if change:
                 keys, other = change
@@ -106,7 +109,10 @@ def plan_for(chips: Chips, config: TrainConfig) -> search.Plan:
         note(f"{chips.name}: no compiler for it here, so FLOPs and state only; {command}")
         return costs.by_hand(config, chips)
     note(f"{chips.name}: compiling the training step{report.settings(config)}")
-    memory, text = compile_for(chips, config)
+    try:
+        memory, text = compile_for(chips, config)
+    except DoesNotFit as error:
+        return costs.by_hand(config, chips, error.temporaries)
     return costs.plan(config, chips, memory, text)
 
 

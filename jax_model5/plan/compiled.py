@@ -5,6 +5,7 @@ A process of its own, because XLA's compilers are set up once in each, by the en
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,19 @@ runpy.run_module("jax_model5.plan.compiled", run_name="__main__", alter_sys=True
 """
 
 
+class DoesNotFit(Exception):
+    """The step's temporaries are larger than the chip's memory."""
+
+    def __init__(self, temporaries: float):
+        super().__init__(f"{temporaries / 1e9:.1f} GB of temporaries")
+        self.temporaries = int(temporaries)
+
+
 def compile_for(chips: Chips, config: TrainConfig) -> tuple[dict[str, int], str]:
     """The step's memory by kind [bytes], and the program's text.
 
     Raises:
+      DoesNotFit: XLA's compiler for TPUs makes no program that is larger than the chip's memory.
       UserError: the mesh does not fit the chips, XLA knows none such, or its compiler failed.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
@@ -38,6 +48,8 @@ def compile_for(chips: Chips, config: TrainConfig) -> tuple[dict[str, int], str]
         command = [sys.executable, "-c", _WITH_PLUGINS, chips.name, name, "--config", str(path)]
         done = subprocess.run(command, env=os.environ | absent, capture_output=True, text=True)
         if done.returncode:
+            if found := re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMG])\)", done.stderr):
+                raise DoesNotFit(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             words = [line for line in lines if line.startswith("error: ")] or lines[-1:]
             raise UserError(f"{words[0].removeprefix('error: ')}")

@@ -142,8 +142,11 @@ def plan(config: TrainConfig, chips: Chips, memory: dict[str, int], text: str) -
     return found | _of_config(config, costs, chips)
 
 
-def by_hand(config: TrainConfig, chips: Chips) -> dict[str, Any]:
-    """Without XLA's compiler: the state, and the step's FLOPs, in the config's dtype."""
+def by_hand(config: TrainConfig, chips: Chips, too_large: int = 0) -> dict[str, Any]:
+    """Without a program: the state, and the step's FLOPs, in the config's dtype.
+
+    `too_large` are the bytes of temporaries for which XLA made none.
+    """
     dtype = "bf16" if config.model.dtype == "bfloat16" else "f32"
     state = state_bytes(config)
     costs: dict[str, Any] = {
@@ -152,6 +155,9 @@ def by_hand(config: TrainConfig, chips: Chips) -> dict[str, Any]:
         "network_s": 0.0,
         "memory": {"argument": state["parameters"] + state["moments"]},
     }
+    if too_large:
+        whole = costs["memory"]["argument"] + too_large
+        costs |= {"fits": False, "memory": costs["memory"] | {"temp": too_large, "total": whole}}
     return {"chips": chips.name, "n_chips": chips.n, **costs} | _of_config(config, costs, chips)
 
 

@@ -31,7 +31,9 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     kinds = ("argument", "output", "alias", "temp")
     planned = costs.total({kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds})
     flops = costs.flops_by_dtype(hlo.Program(step.as_text()))
-    needed, again = sum(step_flops(config).values()), recomputed_flops(config, programs.mesh.size)
+    needed, again = sum(step_flops(config).values()), 0.0
+    if jax.default_backend() == "cpu":
+        again = recomputed_flops(config, programs.mesh.size)
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     measured = sum(flops.values()) * programs.mesh.size
     found["flops"] = {"planned": needed + again, "measured": measured}
@@ -57,11 +59,13 @@ def _seconds_of_steps(programs: Programs) -> list[float]:
 
 
 class _MostInUse:
-    """The most bytes that a device, or this process on a CPU, has in use from now on."""
+    """The most bytes that a device has in use, or this process on a CPU from now on."""
 
     def __init__(self) -> None:
         self._device = sharding.devices()[0]
         self.is_of_host = self._device.platform == "cpu"
+        if not self.is_of_host and "peak_bytes_in_use" not in (self._device.memory_stats() or {}):
+            raise UserError(f"measure: {self._device.device_kind} counts no memory")
         if self.is_of_host:
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
@@ -72,7 +76,7 @@ class _MostInUse:
     def bytes(self) -> int:
         if self.is_of_host:
             return self._of_process("VmHWM") - self._before
-        return (self._device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        return (self._device.memory_stats() or {})["peak_bytes_in_use"]
 
     @staticmethod
     def _of_process(name: str) -> int:

@@ -35,6 +35,7 @@ def search(chips: Chips, config: TrainConfig, plan: Planner) -> list[Plan]:
 def _choices(chips: Chips) -> Iterator[tuple[str, int, int, int]]:
     """The parameters whole, split inside a host, and split over all chips; small batches first."""
     shards = sorted({1, min(chips.n, chips.chip.per_host, 8), chips.n})
+    shards = [n for n in shards if chips.n % n == 0]
     return itertools.product(REMATS, shards, ACCUMULATES, BATCHES)
 
 
@@ -62,7 +63,14 @@ def frontier(plans: Sequence[Plan]) -> list[Plan]:
 
 def sweep(chips: Chips, config: TrainConfig, plan: Planner) -> list[Plan]:
     """The run on one chip of this kind, and on more, up to those."""
-    return [plan(fewer, config) for fewer in same_family(chips) if fewer.n <= chips.n]
+    fewer = [some for some in same_family(chips) if some.n < chips.n]
+    return [plan(some, _at_most(some.n, config)) for some in [*fewer, chips]]
+
+
+def _at_most(n_chips: int, config: TrainConfig) -> TrainConfig:
+    """The config with a mesh of that many chips."""
+    mesh = dataclasses.replace(config.mesh, data=0, fsdp=min(config.mesh.fsdp, n_chips))
+    return dataclasses.replace(config, mesh=mesh)
 
 
 def nearest_that_fits(chips: Chips, config: TrainConfig, plan: Planner) -> tuple[str, Plan] | None:
