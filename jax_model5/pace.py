@@ -17,7 +17,7 @@ _WORK_SECONDS, _WIDTH, _NAME_BYTES = 0.05, 1024, 64
 
 
 class Pace:
-    """Measures each process's own devices; in a step all wait for the slowest and nobody sees it."""
+    """Measures each process's own devices; in a step all wait for the slowest one, unseen."""
 
     def __init__(self) -> None:
         self._n_products, self._before = 1, np.zeros(0)

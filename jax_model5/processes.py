@@ -32,7 +32,7 @@ EXIT_CODE = 4
 """Of a process that ends because another is gone, and left no code of its own."""
 
 _VARIABLES = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
-_BYE, _HANDSHAKE_SECONDS, _GRACE_SECONDS = b"bye\n", 10.0, 10.0
+_BYE, _CONNECT_SECONDS, _HANDSHAKE_SECONDS, _GRACE_SECONDS = b"bye\n", 2.0, 10.0, 10.0
 
 
 def is_first() -> bool:
@@ -343,6 +343,10 @@ def _tell_others(lost: int, code: int) -> None:
 
 def _end(code: int) -> None:
     """Ends this process, which has failed, and the others with its code: a launcher sees one."""
+    n_others = jax.process_count() - 1 if jax.process_index() == 0 else 1
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while len(_connections) < n_others and time.monotonic() < deadline:
+        time.sleep(0.05)  # it failed while they were connecting
     _tell_others(jax.process_index(), code)
     os._exit(code)
 
@@ -357,7 +361,7 @@ def end_because(what: str, code: int = EXIT_CODE) -> None:
 def _fail(*error: Any) -> None:
     """An error that nobody catches ends the process at once, and with it the others."""
     sys.__excepthook__(*error)
-    _end(1)
+    os._exit(1)
 
 
 def _leave() -> None:

@@ -30,9 +30,9 @@ if tail -c +$((before + 1)) "$log" | grep -q '^finished at step'; then
     exit 0
 fi
 case $code in
-    1 | 2 | 3) exit $code ;; # an error, bad input, a loss that is not finite: no second try helps
+    2 | 3) exit $code ;; # bad input, a loss that is not finite: no second try helps
 esac
-if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
+if [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code
