@@ -191,27 +191,6 @@ def plans(name: str) -> str:
     return markdown(head, rows)
 
 
-def scaling(name: str) -> str:
-    """The same batch on more and more chips."""
-    run, rows = read(f"scale/{name}.json"), []
-    first = run["plans"][0]["floor"]["tokens_per_s"] / run["plans"][0]["n_chips"]
-    for plan in run["plans"]:
-        floor = plan["floor"]
-        rows.append(
-            [
-                f"`{plan['chips']}`",
-                "yes" if plan["fits"] else "no",
-                f"{floor['step_s'] * 1e3:.3g} ms",
-                floor["ruled_by"],
-                f"{floor['tokens_per_s'] / plan['n_chips'] / first:.0%}",
-                f"{floor['network_s'] / floor['step_s']:.0%}",
-                run["commit"],
-            ]
-        )
-    head = ["chips", "fits", "floor", "ruled by", "efficiency", "network, of the floor", "commit"]
-    return markdown(head, rows)
-
-
 def measured() -> str:
     """Planned against measured where a device is."""
     rows = []
@@ -393,7 +372,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "programs": programs,
     "h100": h100,
     "plans": plans,
-    "scaling": scaling,
     "measured": measured,
     "generation": generation,
     "knobs": knobs,

@@ -34,11 +34,10 @@ def n_records(config) -> int:
     return len(record.read(Path(config.workdir) / "metrics.jsonl"))
 
 
-def tasks() -> list[int]:
-    """The processes that train, not their launchers."""
-    found = subprocess.run(
-        ["pgrep", "-f", "^[^ ]*python.* -m jax_model5.train"], capture_output=True
-    )
+def tasks(config) -> list[int]:
+    """The processes that train this run, not their launchers."""
+    pattern = rf"^[^ ]*python.* -m jax_model5.train.*{config.workdir}"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -107,16 +106,16 @@ class Job:
         return self.about
 
 
-def preempt(job: Job) -> None:
+def preempt(job: Job, _: object) -> None:
     job.cancel("--signal=TERM")
 
 
-def reach_the_time_limit(job: Job) -> None:
+def reach_the_time_limit(job: Job, _: object) -> None:
     job.cancel("--batch", "--signal=USR1")
 
 
-def lose_a_task(job: Job) -> None:
-    os.kill(tasks()[-1], signal.SIGKILL)
+def lose_a_task(job: Job, config) -> None:
+    os.kill(tasks(config)[-1], signal.SIGKILL)
 
 
 STOPS = {"SIGTERM: saved step": preempt, "saved step": reach_the_time_limit, "is gone": lose_a_task}
@@ -131,7 +130,7 @@ def test_slurm_queues_it_again_and_no_number_changes(
     job = Job(cluster, config, tmp_path)
     for n_stops in (1, 2):
         wait_for(lambda n=n_stops: n_records(config) > 200 * n)
-        STOPS[line](job)
+        STOPS[line](job, config)
         wait_for(lambda n=n_stops: job.is_started_again(n))
     about = job.end()
     assert (about["JobState"], about["Restarts"]) == ("COMPLETED", "2"), job.log.read_text()
@@ -159,7 +158,7 @@ def test_a_job_that_is_cancelled_stays_so(cluster, tmp_path, text_file):
     about = job.end()
     assert (about["JobState"], about["Restarts"]) == ("CANCELLED", "0")
     assert "SIGTERM: saved step" in job.log.read_text()
-    wait_for(lambda: not tasks())
+    wait_for(lambda: not tasks(config))
 
 
 @pytest.mark.launchers
@@ -195,8 +194,9 @@ def test_mpirun_is_asked_to_stop_and_goes_on(tmp_path, text_file, never_stopped)
     wait_for(lambda: n_records(config) > 200)
     first.terminate()
     code, words = end_of(first)
-    assert "SIGTERM: saved step" in words, words
-    assert not tasks()
+    assert code == 0, words
+    assert "SIGTERM: saved step" in words
+    assert not tasks(config)
     code, words = end_of(mpi(config, tmp_path))
     assert code == 0, words
     assert numbers(Path(config.workdir)) == never_stopped
@@ -208,7 +208,7 @@ def test_mpirun_loses_a_process_and_starts_all_again(tmp_path, text_file, never_
     run = mpi(config, tmp_path)
     for n_stops in (1, 2):
         wait_for(lambda n=n_stops: n_records(config) > 200 * n)
-        os.kill(tasks()[-1], signal.SIGKILL)
+        os.kill(tasks(config)[-1], signal.SIGKILL)
     code, words = end_of(run)
     assert code == 0, words
     assert words.count("resuming ") == 2

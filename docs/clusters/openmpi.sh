@@ -9,22 +9,23 @@ python=${PYTHON:-.venv/bin/python}
 hosts=$1
 shift
 
+# mpirun passes SIGUSR1 on; after SIGTERM it would kill within a second. On each host it means SIGTERM.
+task='(trap "" USR1; exec "$@") & task=$!
+trap "kill -TERM $task" USR1
+while kill -0 $task 2> /dev/null; do wait $task; code=$?; done; exit $code'
+
 stopped=
-trap 'stopped=yes; kill -TERM $mpirun' TERM INT HUP
+trap 'stopped=yes; kill -USR1 $mpirun' TERM INT HUP
 
 for attempt in {0..10}; do
     if [ "$attempt" -gt 0 ]; then
         sleep "${RETRY_SECONDS:-30}" # a host that was lost comes back
     fi
-    # Without the long timeout mpirun kills with SIGKILL a second after SIGTERM; in a session of its
-    # own it gets the signal once, from here.
+    # In a session of its own it gets the terminal's Ctrl-C from here only.
     setsid mpirun --hostfile "$hosts" --map-by "ppr:${PER_HOST:-1}:node" --bind-to none \
-        --mca odls_base_sigkill_timeout 300 ${MPI_OPTIONS-} \
-        "$python" -m jax_model5.train "$@" &
+        ${MPI_OPTIONS-} bash -c "$task" bash "$python" -m jax_model5.train "$@" &
     mpirun=$!
-    wait $mpirun
-    code=$?
-    while kill -0 $mpirun 2> /dev/null; do # the trap has ended the wait, not mpirun
+    while kill -0 $mpirun 2> /dev/null; do # the trap ends a wait, not mpirun
         wait $mpirun
         code=$?
     done
