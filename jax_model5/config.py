@@ -81,15 +81,14 @@ class ModelConfig:
 
     def _check_init(self) -> None:
         name, _, std = self.init.partition(":")
-        names = "course, xavier, kaiming, torch or normal:STD"
         if name == "normal":
-            is_std = (
-                re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", std) and 0 < float(std) < math.inf
-            )
-            require(bool(is_std), "model.init", self.init, "write it as normal:0.02")
+            is_number = re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", std) is not None
+            is_std = is_number and 0 < float(std) < math.inf
+            require(is_std, "model.init", self.init, "write it as normal:0.02")
         else:
             known = self.init in ("course", "xavier", "kaiming", "torch")
-            require(known, "model.init", self.init, f"use {names}")
+            fix = "use course, xavier, kaiming, torch or normal:STD"
+            require(known, "model.init", self.init, fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +232,8 @@ class TrainConfig:
         divides = self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"must divide batch_size={self.batch_size}")
         require(self.workdir != "", "workdir", self.workdir, "name a folder")
-        fix, is_profile = "write it as FIRST:END, such as 10:13", len(self.profiled) > 0
+        fix = f"write it as FIRST:END, such as 10:13, with FIRST up to steps={self.steps}"
+        is_profile = len(self.profiled) > 0 and self.profiled.start <= self.steps
         require(is_profile or not self.profile_steps, "profile_steps", self.profile_steps, fix)
         _as_tuple(self, "", "init_leaves")
         require(self.init_leaves != (), "init_leaves", "", 'name parameters, or "*" for all')

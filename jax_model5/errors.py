@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
+BAD_INPUT = 2
+"""The exit code of it."""
+
 on_failure: list[Callable[[int], None]] = []
 """Called with the exit code where a command fails, once its line is written."""
 
@@ -42,7 +45,7 @@ def one_line_errors() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     for source in ("absl", "asyncio"):
         logging.getLogger(source).setLevel(logging.CRITICAL)
-    code = 2
+    code = BAD_INPUT
     try:
         with _signals_raise():
             yield

@@ -22,14 +22,14 @@ from jax._src import distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-from jax_model5.errors import UserError, on_failure, write_line
+from jax_model5.errors import BAD_INPUT, UserError, on_failure, write_line
 
 JOIN_SECONDS = 120
 """So long the processes wait for each other at the start."""
 LOST_SECONDS = 60
 """So long after one of them is gone, at most, the others go on."""
 EXIT_CODE = 4
-"""Of a process that ends because another is gone, and left no code of its own."""
+"""Of a process that ends because another is gone, unless that one ended with bad input."""
 
 _VARIABLES = [f"JAX_{name}" for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
 _BYE, _CONNECT_SECONDS, _HANDSHAKE_SECONDS, _GRACE_SECONDS = b"bye\n", 2.0, 10.0, 10.0
@@ -342,12 +342,12 @@ def _tell_others(lost: int, code: int) -> None:
 
 
 def _end(code: int) -> None:
-    """Ends this process, which has failed, and the others with its code: a launcher sees one."""
+    """Ends this process, which has failed, and the others: as bad input too, if it was that."""
     n_others = jax.process_count() - 1 if jax.process_index() == 0 else 1
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(_connections) < n_others and time.monotonic() < deadline:
         time.sleep(0.05)  # it failed while they were connecting
-    _tell_others(jax.process_index(), code)
+    _tell_others(jax.process_index(), code if code == BAD_INPUT else EXIT_CODE)
     os._exit(code)
 
 

@@ -64,18 +64,15 @@ class WandB:
     def __init__(self, config: TrainConfig, folder: Path):
         import wandb
 
-        path = folder / "wandb"
-        path.mkdir(parents=True, exist_ok=True)
-        name = path / "run_id"
-        if not name.exists():
-            name.write_text(secrets.token_hex(4))
-        before = list(path.glob("offline-run-*"))
+        path = folder / "wandb" / "run_id"
+        run_id = path.read_text() if path.exists() else secrets.token_hex(4)
+        before = list(path.parent.glob("offline-run-*"))
         os.environ.setdefault("WANDB_PROJECT", "jax_model5")
         settings = wandb.Settings(silent=True, console="off")
         try:
             self._run = wandb.init(
                 dir=folder,
-                id=name.read_text(),
+                id=run_id,
                 name=folder.name,
                 resume="allow",
                 config=flatten(config),
@@ -84,8 +81,10 @@ class WandB:
         except (wandb.Error, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"tracker='wandb': {reason}; or set WANDB_MODE=offline") from None
-        for folder in before:
-            shutil.rmtree(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run_id)
+        for unsent in before:
+            shutil.rmtree(unsent)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         if step >= self._run.starting_step:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tests.tiny import free_port
+
 _CONF = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -49,7 +51,7 @@ def one_node(folder: Path) -> Iterator[Mapping[str, str]]:
         "folder": folder,
         "user": getpass.getuser(),
     }
-    conf.write_text(_CONF.format(**names, controller_port=_free_port(), node_port=_free_port()))
+    conf.write_text(_CONF.format(**names, controller_port=free_port(), node_port=free_port()))
     env = os.environ | {"SLURM_CONF": str(conf)}
     munge = {"key-file": key} | {name: folder / f"munge.{name}" for name in ("socket", "pid-file")}
     munge |= {name: folder / f"munge.{name}" for name in ("log-file", "seed-file")}
@@ -90,8 +92,3 @@ def job(env: Mapping[str, str], job_id: str) -> dict[str, str]:
 
 def _output(*command: str, env: Mapping[str, str]) -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True).stdout
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]

@@ -15,9 +15,8 @@ import yaml
 from jax_model5 import processes, record
 from jax_model5.config import parse
 from tests import slurm
-from tests.test_processes import free_port
 from tests.test_resume import numbers
-from tests.tiny import HEED_SIGNALS, ROOT, flags, run, tiny
+from tests.tiny import HEED_SIGNALS, ROOT, flags, free_port, run, tiny
 
 CLUSTERS = ROOT / "docs" / "clusters"
 RUN = {"steps": 800, "checkpoint_every": 50, "eval_every": 50, "batch_size": 8}

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from jax_model5.config import OptimizerConfig, TrainConfig, flatten, parse, to_yaml
+from jax_model5.config import ModelConfig, OptimizerConfig, TrainConfig, flatten, parse, to_yaml
 from jax_model5.errors import UserError
 from tests.tiny import ROOT, run
 
@@ -176,3 +176,14 @@ def test_yaml_is_loaded_safely(tmp_path):
     with pytest.raises(UserError, match="not readable as YAML"):
         parse(["--config", str(path)], "test")
     assert yaml.safe_load(to_yaml(TrainConfig()))["seed"] == 0
+
+
+@pytest.mark.parametrize("std", ["0.02", "2e-2", "2E-2", ".02", "1."])
+def test_a_std_is_any_number_above_zero(std):
+    assert ModelConfig(init=f"normal:{std}").init == f"normal:{std}"
+
+
+@pytest.mark.parametrize("std", ["", "0", "-1", "nan", "inf", "1e999", "x", "1e", "."])
+def test_a_std_that_is_none_is_refused(std):
+    with pytest.raises(UserError, match=r"write it as normal:0\.02"):
+        ModelConfig(init=f"normal:{std}")

@@ -353,6 +353,8 @@ def test_a_plan_holds_where_it_is_measured(tmp_path):
         ("--measure --chips=v5e:2x2", "chips: name some"),
         ("--search --chips=v5e:2x2 --chips=h100:8", "want one --chips"),
         ("--search --sweep=chips --chips=v5e:2x2", "not allowed with"),
+        ("--chips=v5e:2x2 --mesh.fsdp=8", "mesh.fsdp=8: a mesh of 8 devices, but v5e:2x2 has 4"),
+        ("--chips=h100:4 --mesh.data=3 --mesh.fsdp=2", "a mesh of 6 devices, but h100:4 has 4"),
     ],
 )
 def test_bad_combinations_are_one_line(keys, words):

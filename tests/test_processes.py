@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jax_model5 import processes, record
-from tests.tiny import HEED_SIGNALS, ROOT, flags, run, start, tiny
+from tests.tiny import HEED_SIGNALS, ROOT, flags, free_port, run, start, tiny
 
 SHORT_WAIT = """
 import runpy, sys
@@ -21,11 +21,6 @@ processes.JOIN_SECONDS = 15
 runpy.run_module("jax_model5.train", run_name="__main__")
 """
 GONE = "so this one ends too; start all of them again: they go on from the last checkpoint"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def launch(config, indices, n, *more, address=None, code=None, env=()):

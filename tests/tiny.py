@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,11 @@ def run(*args: str, module: str = "jax_model5.train", **popen) -> tuple[int, str
     process = start(*args, module=module, **popen)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def eight_devices() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from jax_model5 import record
 from jax_model5.config import TrainConfig, parse
-from jax_model5.errors import ArgumentParser, UserError, one_line_errors
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require
 from jax_model5.plan import costs, report, search
 from jax_model5.plan.chips import Chips, compiler_is_here, parse_chips
 from jax_model5.plan.compiled import DoesNotFit, compile_for
@@ -117,7 +117,14 @@ def plan_for(chips: Chips, config: TrainConfig) -> search.Plan:
 
 
 def split_over(chips: Chips, config: TrainConfig) -> TrainConfig:
-    """The config with the next batch that splits over the mesh, and a line where it is another."""
+    """The config with the next batch that splits over the mesh, and a line where it is another.
+
+    Raises:
+      UserError: the mesh has more devices than there are chips.
+    """
+    needed = max(config.mesh.data, 1) * config.mesh.fsdp
+    fix = f"a mesh of {needed} devices, but {chips.name} has {chips.n}; use a smaller one"
+    require(needed <= chips.n, "mesh.fsdp", config.mesh.fsdp, fix)
     n = config.mesh.data * config.mesh.fsdp or chips.n
     unit = n * config.accumulate
     batch_size = -(-config.batch_size // unit) * unit

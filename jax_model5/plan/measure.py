@@ -27,7 +27,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     """
     programs = Programs(config)
     step: Any = programs.train_step
-    memory, n = step.memory_analysis(), jax.local_device_count()
+    memory, n = step.memory_analysis(), programs.mesh.local_mesh.size
     kinds = ("argument", "output", "alias", "temp")
     planned = costs.total({kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds})
     flops = costs.flops_by_dtype(hlo.Program(step.as_text()))
