@@ -11,12 +11,16 @@ Around them stand, and never import each other:
 
 import glob
 import sys
-import typing
+import types
+from typing import Any
 
 DEVICE_FILES = ("/dev/nvidia*", "/dev/accel*", "/dev/vfio/*", "/dev/dxg", "/dev/kfd")
 
-# With XLA's compiler for absent GPUs installed (`jax_model5.plan`), `import jax` loads NVIDIA's
-# kernels too, and each of their libraries writes to the terminal that there is no driver.
+# With XLA's compiler for absent GPUs installed (`jax_model5.plan`), JAX loads NVIDIA's kernels and
+# client too, and each of their libraries writes to the terminal that there is no driver.
+_modules: dict[str, Any] = sys.modules
 if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in DEVICE_FILES):
-    for _name in ("jax_cuda12_plugin", "jax_cuda13_plugin"):
-        sys.modules.setdefault(_name, typing.cast(typing.Any, None))
+    for _name in ("cuda12", "cuda13"):
+        _modules.setdefault(f"jax_{_name}_plugin", None)
+        _plugin = types.SimpleNamespace(initialize=lambda: None)
+        _modules.setdefault(f"jax_plugins.xla_{_name}", _plugin)

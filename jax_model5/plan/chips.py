@@ -1,7 +1,8 @@
 """The chips that a run can be planned for: `v5e:4x4`, `h100:8`, and how XLA is told of them."""
 
+import contextlib
 import difflib
-import importlib.util
+import importlib.metadata
 import math
 import re
 from typing import Any, NamedTuple
@@ -35,9 +36,9 @@ _SHAPES = {
     2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
     3: "1x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8",
 }
-_PACKAGES = {
-    "tpu": ("libtpu", "pip install -e '.[plan-tpu]'"),
-    "cuda": ("jax_plugins.xla_cuda12", "pip install -e '.[plan-gpu]'"),
+_COMPILERS = {
+    "tpu": (["libtpu"], "pip install -e '.[plan-tpu]'"),
+    "cuda": (["jax-cuda12-pjrt", "jax-cuda13-pjrt"], "pip install -e '.[plan-gpu]'"),
 }
 
 
@@ -83,13 +84,12 @@ def same_family(chips: Chips) -> list[Chips]:
 
 def compiler_is_here(chips: Chips) -> str | None:
     """None, or the command that installs XLA's compiler for these chips."""
-    package, command = _PACKAGES[chips.chip.platform]
-    names = [package, package.replace("cuda12", "cuda13")]
-    try:
-        is_here = any(importlib.util.find_spec(name) for name in names)
-    except ModuleNotFoundError:  # the package around it
-        is_here = False
-    return None if is_here else command
+    packages, command = _COMPILERS[chips.chip.platform]
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(package)
+            return None
+    return command
 
 
 def devices(chips: Chips) -> Any:

@@ -16,9 +16,13 @@ from jax_model5.config import TrainConfig, parse, to_yaml
 from jax_model5.errors import UserError, one_line_errors
 from jax_model5.plan.chips import Chips, devices, parse_chips
 
-# JAX first, so that it loads what `jax_model5` hides from it: the kernels of an absent GPU.
+# First what `jax_model5` hides from JAX: the kernels and the client of an absent GPU.
 _WITH_PLUGINS = """
-import jax, runpy
+import contextlib, importlib, runpy
+import jax
+for name in ("cuda12", "cuda13"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"jax_plugins.xla_{name}")
 runpy.run_module("jax_model5.plan.compiled", run_name="__main__", alter_sys=True)
 """
 
