@@ -8,14 +8,17 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 BAD_INPUT = 2
 """The exit code of it."""
 
-on_failure: list[Callable[[int], None]] = []
-"""Called with the exit code where a command fails, once its line is written."""
+on_failure: list[Callable[[int, str], None]] = []
+"""Called with the exit code and the line where a command fails, once the line is written."""
+last_line = threading.Lock()
+"""Held by the thread that writes the command's last line and ends it."""
 
 
 class UserError(Exception):
@@ -65,10 +68,12 @@ def one_line_errors() -> Iterator[None]:
             raise
         give_up(sys.stdout)  # a full disk behind `>`
         line = f"error: standard output: {error.strerror or error}; make room"
-    if line:
-        write_line(" ".join(line.split()))
-    for end in on_failure:
-        end(code)
+    line = " ".join(line.split())
+    with last_line:
+        if line:
+            write_line(line)
+        for end in on_failure:
+            end(code, line)
     raise SystemExit(code)
 
 

@@ -22,7 +22,7 @@ from jax._src import distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
-from jax_model5.errors import BAD_INPUT, UserError, on_failure, write_line
+from jax_model5.errors import BAD_INPUT, UserError, last_line, on_failure, write_line
 
 JOIN_SECONDS = 120
 """So long the processes wait for each other at the start."""
@@ -85,7 +85,8 @@ def join() -> None:
             return  # a notebook that has made arrays is alone
         if "bad_cast" in reason:  # what remains of a status that has no Python form
             reason = f"not all processes came within {JOIN_SECONDS} s"
-        on_failure.append(os._exit)  # without JAX's own goodbyes, which fail in many lines
+        # Without JAX's own goodbyes, which fail in many lines.
+        on_failure.append(lambda code, line: os._exit(code))
         fix = "start all of them, with one free address"
         raise UserError(f"{_named(given)}: {reason}; {fix}") from None
     if jax.process_count() > 1:
@@ -282,7 +283,6 @@ def _start(function: Any, *arguments: Any) -> None:
 
 
 _connections: dict[int, socket.socket] = {}
-_one_ends = threading.Lock()
 
 
 def _serve(server: socket.socket, password: bytes) -> None:
@@ -326,36 +326,42 @@ def _keep_alive(connection: socket.socket) -> None:
 def _await_end(index: int, connection: socket.socket) -> None:
     said = b""
     with contextlib.suppress(OSError):
-        said = connection.recv(64)
+        said = connection.makefile("rb").readline()
     if said == _BYE or not _watch.is_on:
         return
-    lost, code = map(int, said.split()[:2]) if said else (index, EXIT_CODE)
-    with _one_ends:
-        _tell_others(lost, code)
-        end_because(f"process {lost} of {jax.process_count()} is gone", code)
+    lost, line = index, ""
+    if said.endswith(b"\n"):
+        first, _, line = said.decode().rstrip("\n").partition(" ")
+        lost = int(first)
+    with last_line:
+        _tell_others(lost, line)
+        if line:  # bad input: it would be the same again
+            write_line(f"{line} (process {lost} of {jax.process_count()})")
+            os._exit(BAD_INPUT)
+        _end_because(f"process {lost} of {jax.process_count()} is gone")
 
 
-def _tell_others(lost: int, code: int) -> None:
+def _tell_others(lost: int, line: str) -> None:
     for other in _connections.values():
         with contextlib.suppress(OSError):
-            other.sendall(f"{lost} {code}\n".encode())
+            other.sendall(f"{lost} {line}\n".encode(errors="backslashreplace"))
 
 
-def _end(code: int) -> None:
-    """Ends this process, which has failed, and the others: as bad input too, if it was that."""
+def _end(code: int, line: str) -> None:
+    """Ends this process, which has failed, and the others: with its line, if that is bad input."""
     n_others = jax.process_count() - 1 if jax.process_index() == 0 else 1
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(_connections) < n_others and time.monotonic() < deadline:
         time.sleep(0.05)  # it failed while they were connecting
-    _tell_others(jax.process_index(), code if code == BAD_INPUT else EXIT_CODE)
+    _tell_others(jax.process_index(), line if code == BAD_INPUT else "")
     os._exit(code)
 
 
-def end_because(what: str, code: int = EXIT_CODE) -> None:
-    """Ends this process of several with one line."""
+def _end_because(what: str) -> None:
+    """Ends this process of several with one line; the caller holds `last_line`."""
     again = "so this one ends too; start all of them again: they go on from the last checkpoint"
     write_line(f"error: {what}, {again}")
-    os._exit(code)
+    os._exit(EXIT_CODE)
 
 
 def _fail(*error: Any) -> None:
@@ -381,4 +387,6 @@ def lost_ones_end_all() -> Iterator[None]:
         if not are_several():
             raise
         threading.Event().wait(_GRACE_SECONDS)  # the connection tells which process it is
-        end_because(f"the processes have lost each other ({str(error).split(chr(10))[0][:120]})")
+        with last_line:
+            reason = str(error).split("\n")[0][:120]
+            _end_because(f"the processes have lost each other ({reason})")
