@@ -56,7 +56,7 @@ def read(path: str) -> Any:
 def sentence(path: Path) -> str:
     """The first sentence of a file's docstring."""
     doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(doc.split("\n\n")[0].split()).rstrip(".")
+    return " ".join(doc.split("\n\n")[0].split()).removeprefix("# ").rstrip(".")
 
 
 def reading_order() -> tuple[list[str], list[str]]:
@@ -366,6 +366,39 @@ def harness() -> str:
     return markdown(["continuation", "ours [nats]", "the harness's", "relative error"], rows)
 
 
+# ---- lessons ------------------------------------------------------------------------------------
+
+
+def verdicts() -> str:
+    """The course's figure and ours, of every lesson's full run."""
+    rows = []
+    for path in sorted((ROOT / "docs/lessons").glob("*.json")):
+        run = read(f"lessons/{path.name}")
+        for i, row in enumerate(run["rows"]):
+            first = f"[{run['lesson']}]({_lesson_file(run)})" if i == 0 else ""
+            verdict = "holds" if row["holds"] else "**does not hold**"
+            cells = [first, row["claim"], row["course"], row["ours"], verdict]
+            rows.append([cell.replace("|", "\\|") for cell in cells])
+    return markdown(["lesson", "the claim", "the course", "ours", ""], rows)
+
+
+def lesson_runs() -> str:
+    """How long each lesson's full run took, and on what."""
+    rows = []
+    for path in sorted((ROOT / "docs/lessons").glob("*.json")):
+        run = read(f"lessons/{path.name}")
+        title, processor = run["title"].replace("|", "\\|"), run["machine"]["processor"]
+        seconds, command = f"{run['seconds']:.0f} s", f"`{run['command']}`"
+        rows.append([f"[{title}]({_lesson_file(run)})", command, seconds, processor, run["commit"]])
+    return markdown(["lesson", "command", "time", "machine", "commit"], rows)
+
+
+def _lesson_file(run: dict[str, Any]) -> str:
+    """Its path from docs/."""
+    (path,) = (ROOT / "lessons").glob(f"{run['lesson']}_*.py")
+    return f"../lessons/{path.name}"
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "map": file_map,
     "results": results,
@@ -380,6 +413,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "faults": faults,
     "tying": tying,
     "compared": compared,
+    "verdicts": verdicts,
+    "lesson_runs": lesson_runs,
     "kills": kills,
     "memory": memory,
     "harness": harness,

@@ -1,8 +1,8 @@
 """Gradient noise of one state of a run: how far the gradients of its batches scatter, unbiased.
 
 McCandlish et al. 2018, "An Empirical Model of Large-Batch Training". Course lesson 018 calls the
-loss on the final token alone a "signal reduction" of about 256: `Estimate`s of two objectives on
-the same windows, divided, are that factor as measured.
+loss on the final token alone a "signal reduction" of about 256: the `Estimate` of one objective
+divided by that of the other, on the same windows, is that factor as measured.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Noise:
     trace: Estimate
     """tr(Sigma), trace of the covariance of one sequence's gradient [gradient units²]."""
     squared_norm: Estimate
-    """|G|², squared norm of the true gradient; can be negative where small [gradient units²]."""
+    """‖G‖², squared norm of the true gradient; can be negative where small [gradient units²]."""
     n_batches: int
     """M [batches]."""
     batch_size: int
@@ -66,7 +66,7 @@ class Noise:
 
     @property
     def scale(self) -> Estimate:
-        """B = tr(Sigma) / |G|², the simple noise scale [sequences]."""
+        """B = tr(Sigma) / ‖G‖², the simple noise scale [sequences]."""
         return self.trace / self.squared_norm
 
     def as_dict(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Noise:
 
 
 def estimate(squares_M: np.ndarray, dots_M: np.ndarray, batch_size: int) -> Noise:
-    """Noise from |g_i|² and g_i · mean(g) of M >= 3 i.i.d. gradients of `batch_size` sequences.
+    """Noise from ‖g_i‖² and g_i · mean(g) of M >= 3 i.i.d. gradients of `batch_size` sequences.
 
     Three gradients of one parameter, 1, 3 and 5: their mean is 3, their variance 4.
 
@@ -102,9 +102,9 @@ def estimate(squares_M: np.ndarray, dots_M: np.ndarray, batch_size: int) -> Nois
 def unbiased(
     small_square: np.ndarray, big_square: np.ndarray, small: int, big: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """tr(Sigma) and |G|² from squared norms of gradients of `small` and of `big` sequences.
+    """tr(Sigma) and ‖G‖² from squared norms of gradients of `small` and of `big` sequences.
 
-    E|g_B|² = |G|² + tr(Sigma) / B, solved for both at two sizes B (Appendix A.1 of the paper).
+    E‖g_B‖² = ‖G‖² + tr(Sigma) / B, solved for both at two sizes B (Appendix A.1 of the paper).
     """
     trace = (small_square - big_square) / (1 / small - 1 / big)
     squared_norm = (big * big_square - small * small_square) / (big - small)
@@ -164,7 +164,7 @@ def _add(total: dict, gradient: dict) -> dict:
 def _inner(a: dict, b: dict) -> float:
     """Inner product of two trees: rows in the leaves' own precision, their sum in float64.
 
-    In float32, at the full width of Model 5, off by 2e-9 |a| |b| (measured on a CPU).
+    In float32, at the full width of Model 5, off by 2e-9 ‖a‖ ‖b‖ (measured on a CPU).
     """
     rows = jax.device_get(_inner_rows(a, b))
     return math.fsum(leaf.sum(dtype=np.float64) for leaf in jax.tree.leaves(rows))

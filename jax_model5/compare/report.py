@@ -281,7 +281,7 @@ def spread(result: dict[str, Any]) -> Figure:
 
 
 def noise(result: dict[str, Any]) -> Figure:
-    """tr(Sigma), |G|² and B against the positions that get a loss, at the end of each run.
+    """tr(Sigma), ‖G‖² and B against the positions that get a loss, at the end of each run.
 
     A dot is a seed; what noise took to 0 or below has no place on the logarithmic axis.
     """
