@@ -183,6 +183,7 @@ def test_the_result_holds_every_figure(finished):
 
 def test_the_page_is_whole_in_itself(finished):
     page = (finished / "index.html").read_text()
+    assert page.index("<img") < page.index("<table"), "plots before tables"
     assert page.count("data:image/png;base64,") == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
     for part in ("Learning speed", "Stability", "Fit for generation", "Compute cost", "tr Σ"):

@@ -97,8 +97,8 @@ def write(result: dict[str, Any], seconds: dict[str, Sequence[float]], out: Path
     parts = [
         f"{_HEAD}<h1>{html.escape(names)}</h1>",
         f"<pre>{html.escape(result['command'])}\ncommit {result['commit']}; {machine}</pre>",
-        *tables(result, seconds),
         *images,
+        *tables(result, seconds),
         *_samples(result),
     ]
     disk.replace_text(out / "index.html", "\n".join(parts))
