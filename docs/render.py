@@ -321,6 +321,41 @@ def compared(*names: str) -> str:
     return markdown(head, rows)
 
 
+# Words, and the run: the quick set, and for comparison the two of the claims.
+TEXTS = {
+    "Python's own reference": "final_vs_all_quick",
+    "*Gulliver's Travels*": "final_vs_all_quick_book",
+    "its first 180 kB": "final_vs_all_quick_short_book",
+    "Python's code (`asyncio`)": "final_vs_all_quick_code",
+    "FineWeb, wider model": "final_vs_all_fineweb",
+    "*Gulliver's Travels*, wider model": "final_vs_all_book",
+}
+
+
+def budgets() -> str:
+    """By text and budget: how much higher final-token training ends, on the final token."""
+    at = (40, 100, 200, 400)
+    rows = []
+    for words, name in TEXTS.items():
+        result = read(f"experiments/{name}.json")
+        runs, tokens = result["runs"], result["corpora"]["all_tokens"]["tokens"]
+        tested = runs["all_tokens"][0]["step"]
+        cells = []
+        for step in at:
+            if step not in tested:
+                cells.append("–")
+                continue
+            i = tested.index(step)
+            pairs = zip(runs["final_token"], runs["all_tokens"], strict=True)
+            gaps = [f["final_token_nll"][i] - a["final_token_nll"][i] for f, a in pairs]
+            cells.append(f"{statistics.fmean(gaps):+.2f} ± {statistics.stdev(gaps):.2f}")
+        reached = [result["summary"][o]["steps_to_final_token_nll"] for o in runs]
+        longer = reached[1]["mean"] / reached[0]["mean"]
+        rows.append([words, f"{tokens:,}", *cells, f"{longer:.1f}"])
+    head = ["text", "tokens", *(f"after {step} steps" for step in at), "times the steps"]
+    return markdown(head, rows)
+
+
 def _gelu(result: dict[str, Any]) -> str:
     return "/".join(sorted({config["model"]["gelu"] for config in result["configs"].values()}))
 
@@ -413,6 +448,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "faults": faults,
     "tying": tying,
     "compared": compared,
+    "budgets": budgets,
     "verdicts": verdicts,
     "lesson_runs": lesson_runs,
     "kills": kills,

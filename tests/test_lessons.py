@@ -35,7 +35,6 @@ def test_a_lesson_runs_and_its_verdicts_are_recomputed(lesson, tmp_path):
     judged = {row["claim"]: row["holds"] for row in found["rows"] if row["holds"] is not None}
     assert judged.items() <= verdicts.items()
     assert None not in verdicts.values()
-    assert list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.slow
