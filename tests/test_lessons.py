@@ -46,14 +46,13 @@ def test_bad_input_ends_a_lesson_with_one_line():
 
 
 def lines_of_code(source: str) -> int:
-    """Those of statements; a string that stands alone is prose."""
-    statements = [s for s in ast.parse(source).body if not is_prose(s)]
-    return sum(s.end_lineno - s.lineno + 1 for s in statements)
-
-
-def is_prose(statement) -> bool:
-    is_expression = isinstance(statement, ast.Expr)
-    return is_expression and isinstance(statement.value, ast.Constant)
+    """Those that are no prose: no comment, and no string that stands alone."""
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for i, line in lines if i not in prose and line.strip() and line.strip()[0] != "#")
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
@@ -67,4 +66,4 @@ def test_a_lesson_begins_with_its_question_and_is_short(lesson):
 
 
 def test_code_is_counted():
-    assert lines_of_code('"""Prose."""\n\nx = 1\n\n\ndef f():\n    return 1\n') == 3
+    assert lines_of_code('"""Prose."""\n\nx = 1\n\n\ndef f():\n    """More."""\n    # Why.\n    return 1\n') == 3
