@@ -325,8 +325,6 @@ def compared(*names: str) -> str:
 TEXTS = {
     "Python's own reference": "final_vs_all_quick",
     "*Gulliver's Travels*": "final_vs_all_quick_book",
-    "its first 180 kB": "final_vs_all_quick_short_book",
-    "Python's code (`asyncio`)": "final_vs_all_quick_code",
     "FineWeb, wider model": "final_vs_all_fineweb",
     "*Gulliver's Travels*, wider model": "final_vs_all_book",
 }
@@ -334,7 +332,7 @@ TEXTS = {
 
 def budgets() -> str:
     """By text and budget: how much higher final-token training ends, on the final token."""
-    at = (40, 100, 200, 400)
+    at = (60, 100, 200, 400)
     rows = []
     for words, name in TEXTS.items():
         result = read(f"experiments/{name}.json")
