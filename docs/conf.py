@@ -50,12 +50,13 @@ def lesson_page(path: Path) -> str:
     run = json.loads((DOCS / f"lessons/{number}.json").read_text(encoding="utf-8"))
     head = "| the claim | the course | ours | holds |\n| --- | --- | --- | --- |"
     rows = [
-        " | ".join(["", *(row[key].replace("|", "\\|") for key in ("claim", "course", "ours"))])
-        + f" | {'yes' if row['holds'] else '**no**'} |"
+        [row[key].replace("|", "\\|") for key in ("claim", "course", "ours")]
+        + ["yes" if row["holds"] else "**no**"]
         for row in run["rows"]
     ]
+    table = "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in rows)])
     about = f"`{run['command']}`: {run['seconds']:.0f} s on {run['machine']['processor']}."
-    return "\n\n".join([*parts, "\n".join([head, *map(str.strip, rows)]), about]) + "\n"
+    return "\n\n".join([*parts, table, about]) + "\n"
 
 
 def write_lessons(_: Sphinx) -> None:

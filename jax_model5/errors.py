@@ -68,8 +68,15 @@ def one_line_errors() -> Iterator[None]:
             raise
         give_up(sys.stdout)  # a full disk behind `>`
         line = f"error: standard output: {error.strerror or error}; make room"
-    line = " ".join(line.split())
+    _end(code, " ".join(line.split()))
+
+
+def _end(code: int, line: str) -> NoReturn:
+    """The last line, and the exit code. The other processes of a run learn of it undisturbed."""
     with last_line:
+        if on_failure:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         if line:
             write_line(line)
         for end in on_failure:

@@ -14,7 +14,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -296,7 +296,7 @@ def _serve(server: socket.socket, password: bytes) -> None:
                 index = int(lines.readline())
                 _keep_alive(connection)
                 _connections[index] = connection
-                _start(_await_end, index, connection)
+                _start(_await_end, index, lines)
 
 
 def _listen(host: str, port: int, password: bytes) -> None:
@@ -311,7 +311,7 @@ def _listen(host: str, port: int, password: bytes) -> None:
         )
         return
     _connections[0] = connection
-    _await_end(0, connection)
+    _await_end(0, connection.makefile("rb"))
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -323,10 +323,11 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _await_end(index: int, connection: socket.socket) -> None:
+def _await_end(index: int, lines: BinaryIO) -> None:
+    """Reads on where the handshake left off: what is said may have come with it."""
     said = b""
     with contextlib.suppress(OSError):
-        said = connection.makefile("rb").readline()
+        said = lines.readline()
     if said == _BYE or not _watch.is_on:
         return
     lost, line = index, ""
@@ -342,17 +343,18 @@ def _await_end(index: int, connection: socket.socket) -> None:
 
 
 def _tell_others(lost: int, line: str) -> None:
-    for other in _connections.values():
+    """Also those that are still connecting."""
+    n_others = jax.process_count() - 1 if jax.process_index() == 0 else 1
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while len(_connections) < n_others and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for other in list(_connections.values()):
         with contextlib.suppress(OSError):
             other.sendall(f"{lost} {line}\n".encode(errors="backslashreplace"))
 
 
 def _end(code: int, line: str) -> None:
     """Ends this process, which has failed, and the others: with its line, if that is bad input."""
-    n_others = jax.process_count() - 1 if jax.process_index() == 0 else 1
-    deadline = time.monotonic() + _CONNECT_SECONDS
-    while len(_connections) < n_others and time.monotonic() < deadline:
-        time.sleep(0.05)  # it failed while they were connecting
     _tell_others(jax.process_index(), line if code == BAD_INPUT else "")
     os._exit(code)
 
@@ -366,8 +368,9 @@ def _end_because(what: str) -> None:
 
 def _fail(*error: Any) -> None:
     """An error that nobody catches ends the process at once, and with it the others."""
-    sys.__excepthook__(*error)
-    os._exit(1)
+    with last_line:
+        sys.__excepthook__(*error)
+        os._exit(1)
 
 
 def _leave() -> None:

@@ -188,8 +188,8 @@ lesson.save(figure, "sites")
 """
 ## What holds
 
-The course's three, and what follows from the last rows: a training loss with dropout and a test
-loss without it are not the same measurement, and a difference of them is no overfitting yet.
+The course's rows hold. The last ones add: a training loss with dropout and a test loss without it
+are different measurements, so that their difference neither shows nor excludes overfitting.
 """
 
 # %%
@@ -232,7 +232,7 @@ lesson.check(
 lesson.check(
     "The loss depends on the key, at each of the four sites",
     "–",
-    "std over keys " + ", ".join(f"{losses[name].std(ddof=1):.4f} {name}" for name in groups),
+    "std over keys " + ", ".join(f"{losses[name].std(ddof=1):.1e} {name}" for name in groups),
     all(losses[name].std() > 0 for name in groups),
 )
 above = losses["all four"].mean() - none

@@ -232,7 +232,7 @@ lesson.check(
     furthest(drawn, exact) < 0.05 and min(agreement) > 0.999,
 )
 lesson.check(
-    "nll_loss of log-softmax, cross_entropy and our nll are one; a second log-softmax is none",
+    "nll_loss of log-softmax, cross_entropy and our nll are one; a second log-softmax changes nothing",
     "–",
     f"furthest apart {losses_apart:.0e}, gradients {gradients_apart:.0e}",
     max(losses_apart, gradients_apart) < 1e-12,
@@ -256,6 +256,6 @@ lesson.check(
     "–",
     f"at std 30 {at_30['float32'][0]:.0%} is −inf in JAX, {at_30['float32'][1]:.0%} in PyTorch; "
     f"log_softmax is off by {at_30['float32'][2]:.0e}, in bfloat16 by {at_30['bfloat16'][2]:.1f}",
-    table["float32"][SCALES.index(3)][0] == 0 and at_30["float32"][0] > 0.5,
+    at_30["float32"][0] > 0.5 and at_30["float32"][2] < 1e-3,
 )
 lesson.end()

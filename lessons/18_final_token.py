@@ -36,7 +36,7 @@ from torch_ref.loss import loss
 from torch_ref.model import Model5 as TorchModel5
 
 lesson = Lesson("18", "Dropout, and the loss on the final token alone")
-N_STEPS, SEEDS = lesson.pick(120, 20), lesson.pick(range(3), range(2))
+N_STEPS, SEEDS = lesson.pick(100, 20), lesson.pick(range(3), range(2))
 
 # %% [markdown]
 """
@@ -105,20 +105,23 @@ The same weights and batch: dropout at each of the four sites, and none (`determ
 
 
 # %%
-def loss_of(sites, key):
-    """The all-token loss of one training batch; no sites: evaluation mode."""
+def losses_of(sites):
+    """The all-token loss of one training batch with each key; no sites: evaluation mode."""
     _, _, config, params = runs["all_tokens"][0]
     model = dataclasses.replace(config.model, dropout_sites=sites or DROPOUT_SITES)
     config = dataclasses.replace(config, model=model)
     batch_BxL1 = train_batch(load_corpus(config), config, 0)
-    how = {"n_last": config.model.seq_len, "deterministic": not sites, "dropout_key": key}
-    return float(position_losses(params, batch_BxL1, config, **how).mean())
+
+    def loss(key):
+        how = {"n_last": config.model.seq_len, "deterministic": not sites, "dropout_key": key}
+        return position_losses(params, batch_BxL1, config, **how).mean()
+
+    return np.asarray(jax.jit(lambda keys: jax.lax.map(loss, keys))(keys))
 
 
-keys = jax.random.split(jax.random.key(1), lesson.pick(8, 4))
-off = [loss_of((), key) for key in keys]
-on = {site: np.mean([loss_of((site,), key) for key in keys]) - off[0] for site in DROPOUT_SITES}
-everywhere = [loss_of(DROPOUT_SITES, key) for key in keys]
+keys = jax.random.split(jax.random.key(1), 8)
+off, everywhere = losses_of(()), losses_of(DROPOUT_SITES)
+on = {site: losses_of((site,)).mean() - off[0] for site in lesson.pick(DROPOUT_SITES, ())}
 
 # %% [markdown]
 """

@@ -121,6 +121,6 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: Any) -> No
     if not issubclass(kind, UserError):
         sys.__excepthook__(kind, error, trace)
         return
-    write_line(f"error: {error}")
     sys.stdout.flush()
+    write_line(" ".join(f"error: {error}".split()))
     os._exit(BAD_INPUT)

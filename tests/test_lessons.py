@@ -66,4 +66,5 @@ def test_a_lesson_begins_with_its_question_and_is_short(lesson):
 
 
 def test_code_is_counted():
-    assert lines_of_code('"""Prose."""\n\nx = 1\n\n\ndef f():\n    """More."""\n    # Why.\n    return 1\n') == 3
+    code = '"""Prose."""\n\nx = 1\n\ndef f():\n    """More."""\n    # Why.\n    return 1\n'
+    assert lines_of_code(code) == 3

@@ -128,15 +128,20 @@ def test_when_one_of_four_is_killed_the_others_end_with_one_line(tmp_path, text_
     assert time.monotonic() - killed < 60  # stated in docs/reliability.md
 
 
-def test_bad_input_of_one_process_ends_the_others(tmp_path, text_file):
-    """The first cannot read its text, and the others would wait for it for ever."""
+@pytest.mark.parametrize("broken", [0, 1])
+def test_bad_input_of_one_process_ends_the_others(tmp_path, text_file, broken):
+    """It cannot read its text, and the others would wait for it for ever; 2 hears of 1 by 0."""
     config = tiny(tmp_path, text_file)
-    broken = tmp_path / "broken.txt"
-    broken.write_bytes(b"\xff")
-    first, second = ends(launch(config, range(2), 2, (f"--data.source={broken}",), ()))
-    assert first[0] == 2
-    assert "is not UTF-8" in first[1]
-    assert second == (2, f"{first[1]} (process 0 of 2)"), "a launcher would try again"
+    not_text = tmp_path / "broken.txt"
+    not_text.write_bytes(b"\xff")
+    own = [(), (), ()]
+    own[broken] = (f"--data.source={not_text}",)
+    found = ends(launch(config, range(3), 3, *own))
+    code, line = found.pop(broken)
+    assert code == 2
+    assert "is not UTF-8" in line
+    ended = (2, f"{line} (process {broken} of 3)")
+    assert found == [ended, ended], "a launcher would try again"
 
 
 JOINS = {
