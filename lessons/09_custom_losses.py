@@ -9,8 +9,9 @@ once on |w − 3| and once on (w − 3)². It sees L1 oscillate around the targe
 
 **Expect** the same here, and the reason: the gradient of |w − 3| is 1 or −1 however near w is, so
 a step of 0.05 jumps over the target for ever. But in exact arithmetic 20 steps of 0.05 from 2 end
-at 3; rounding leaves w just short of it, so that the next one goes past. With a step of 1/16, which a float holds exactly, w lands on
-the kink, and the two frameworks part: the derivative of |x| at 0 is 0 in PyTorch and 1 in JAX.
+at 3; rounding leaves w just short of it, so that the next one goes past. With a step of 1/16, which
+a float holds exactly, w lands on the kink, and the two frameworks part: the derivative of |x| at 0
+is 0 in PyTorch and 1 in JAX.
 
 Five seconds on two CPU cores; no GPU needed.
 """
@@ -35,9 +36,9 @@ START, TARGET, STEPS = 2.0, 3.0, 50
 
 PyTorch keeps the parameter and its gradient in one object, and `zero_grad` must come before each
 `backward`. JAX has a function of w, `jax.grad` makes another one of it, and the state (w, the
-optimizer's own) goes in and comes out. The loop is a `scan`: `step` takes (state, input) and returns
-(next state, what to record); `scan` returns (last state, all records). It is compiled once, and that
-takes no longer for more steps.
+optimizer's own) goes in and comes out. The loop is a `scan`: `step` takes (state, input), returns
+(next state, what to record), and `scan` returns (last state, all records). It is compiled once, and
+that takes no longer for more steps.
 """
 
 

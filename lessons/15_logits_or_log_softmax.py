@@ -232,7 +232,7 @@ lesson.check(
     furthest(drawn, exact) < 0.05 and min(agreement) > 0.999,
 )
 lesson.check(
-    "nll_loss of log-softmax, cross_entropy and our nll are one; a second log-softmax changes nothing",
+    "nll_loss of log-softmax, cross_entropy, our nll are one; a second log-softmax changes nothing",
     "–",
     f"furthest apart {losses_apart:.0e}, gradients {gradients_apart:.0e}",
     max(losses_apart, gradients_apart) < 1e-12,
