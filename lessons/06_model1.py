@@ -216,8 +216,8 @@ lesson.save(figure, "splits")
 
 In float32 most of the difference between the frameworks is one rounding: optax computes the
 1 − 0.999^t of Adam in JAX's default precision, which cannot hold 0.999 exactly, and is off by up to
-2e-5 of it; PyTorch does so in Python. With `jax.enable_x64` optax has the same digits, and the weights stay
-float32.
+2e-5 of it; PyTorch does so in Python. With `jax.enable_x64` optax has the same digits, and the
+weights stay float32.
 """
 
 # %%
