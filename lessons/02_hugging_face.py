@@ -11,7 +11,7 @@ has no place in GPT-2's files: Model 5 divides its logits by sqrt(D). Exported, 
 folded into the weights of the last layer norm, and the logits stay.
 
 Needs no network: the weights are random, all of them (a fresh GPT-2 has biases of 0, and a bias in
-the wrong place would not be seen). 20 seconds on two CPU cores; no GPU needed.
+the wrong place would not be seen). Half a minute on two CPU cores; no GPU needed.
 """
 
 # %%

@@ -219,9 +219,7 @@ lesson.check(
     max(frozen_test) < min(frozen_chance_test) and max(free_test) < min(chance_test),
     in_fast=False,
 )
-lesson.check(
-    "its size counts", "–", f"× 0.14: training {spread(small, 3)}", min(small - frozen) > 0
-)
+lesson.check("its size counts", "–", f"× 0.14: training {spread(small)}", min(small - frozen) > 0)
 (gap, moved), (frozen_gap, frozen_moved) = epoch_of_both(FREE), epoch_of_both(FROZEN)
 lesson.check(
     "JAX's curves are PyTorch's",

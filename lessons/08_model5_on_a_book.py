@@ -12,9 +12,9 @@ fall and the text get better: 100 tokens at temperature 1.
 at the course's size: PyTorch's default embedding is N(0, 1), and a head that is the same table
 answers every token with itself. Its loss starts far above ln V = 10.82.
 
-LESSON_TIME on two CPU cores; on a GPU not measured. Offline the text is what Python ships; the
-course's is Project Gutenberg's book 829, given by `--data.source`: the figures change, the verdicts
-do not.
+Five and a half minutes of processor time, which two CPU cores share; on a GPU not measured. Offline
+the text is what Python ships, and the figures are others; the course's is Project Gutenberg's book
+829, given by `--data.source`.
 """
 
 # %%
@@ -152,7 +152,7 @@ for height, name in ((np.log(V), "ln V"), (by_frequency, "frequencies alone")):
     left.axhline(height, color="0.5", linewidth=0.8, linestyle=":")
     left.text(STEPS / 4, height + 0.1, name, ha="center", color="0.4")
 left.set(xlabel="step", ylabel="loss [nats]")
-left.legend(loc="lower left")
+left.legend(loc="upper right")
 for i, (name, of_text) in enumerate(shares.items()):
     right.bar(np.arange(3) + 0.2 * i - 0.3, of_text, 0.2, label=name)
 right.set_xticks(range(3), ["known words", "known pairs", "distinct tokens"])

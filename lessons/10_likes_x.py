@@ -11,9 +11,9 @@ loss fall from about ln V ≈ 11 to about 0, and counts the letter in 188 of 200
 **Expect** the fall and the count, but another start: 897 of the 50257 tokens contain "x", so the KL
 of a uniform model is ln(50257 / 897) = 4.03. And expect the model to ignore its input, which tells
 it nothing. It does where the head has a table of its own, as the course's has on a GPU; with a
-tied head, which is the library's default, it does not.
+tied head, which is the library's default, it may not.
 
-Four minutes on two CPU cores; on a GPU not measured.
+Ten minutes of processor time, which two CPU cores share; on a GPU not measured.
 """
 
 # %%
@@ -188,7 +188,7 @@ left.plot(losses, "C0", label="KL(target ‖ model)")
 for height, name in ((np.log(V), "ln V"), (np.log(n_liked), f"ln {n_liked}")):
     left.axhline(height, color="0.7", linewidth=0.8)
     left.text(0, height + 0.15, name, color="0.4")
-left.set(xlabel="step", ylabel="nats", ylim=(0, 12.5))
+left.set(xlabel="step", ylabel="nats", ylim=(0, 14))
 left.legend(loc="upper right")
 right.set(xlabel='share of the context that contains "x"', ylabel='probability of "x" next')
 right.set(ylim=(-0.03, 1.03))
@@ -208,8 +208,8 @@ in the head and the final layer norm: generation draws 200 times from one consta
 tied table is both. The loss pulls the rows of the 897 tokens to one side and all others to the
 opposite one, and the same rows are the input: random tokens, 98 % of them without "x", have become
 a signal that the blocks may use. A context full of "x", which training never showed, then turns it
-round, and the model writes something else. It was right only on inputs like those that it saw. The
-seed decides whether: the loss is the same to the third digit.
+round, and the model writes something else: it was right only on inputs like those that it saw. The
+seed decides whether.
 """
 
 # %%

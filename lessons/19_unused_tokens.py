@@ -14,9 +14,10 @@ the token's frequency: it pushes up a token whose frequency is above 1 / V, and 
 frequency down to it. A token that is never a target is pushed down at every position, for as long
 as training lasts. The common, then, should not stay but rise.
 
-LESSON_TIME on two CPU cores; on a GPU not measured. Offline the text is what Python ships; the
-course's is Project Gutenberg's book 829, given by `--data.source`. The course has no test part;
-here a tenth of the text is, and the counts are those of the rest.
+Five minutes of processor time, which two CPU cores share; on a GPU not measured. Offline the text
+is what Python ships, and the figures are others; the course's is Project Gutenberg's book 829,
+given by `--data.source`. The course has no test part; here a tenth of the text is, and the counts
+are those of the rest.
 """
 
 # %%
