@@ -36,7 +36,7 @@ from torch_ref.loss import loss
 from torch_ref.model import Model5 as TorchModel5
 
 lesson = Lesson("18", "Dropout, and the loss on the final token alone")
-N_STEPS, SEEDS = lesson.pick(100, 20), lesson.pick(range(3), range(2))
+N_STEPS, SEEDS = lesson.pick(100, 20), lesson.pick(range(3), range(1))
 
 # %% [markdown]
 """
