@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 
 import jupytext
-import latex2mathml.converter
-from docutils import nodes
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
@@ -26,14 +24,10 @@ extensions = [
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "jax_model5"
-html_math_renderer = "mathml"  # browsers draw it without a script from a network
 html_show_copyright = False
 default_role = "code"  # docstrings are written as Markdown has it
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autosummary_imported_members = False
 
 
 def lesson_page(path: Path) -> str:
@@ -78,13 +72,6 @@ def link_pages(_: Sphinx, name: str, content: list[str]) -> None:
     content[0] = re.sub(modules, lambda m: f"](/api/{m[1].replace('/', '.')}.rst)", text)
 
 
-def visit_math(self, node: nodes.Node) -> None:
-    display = "inline" if isinstance(node, nodes.math) else "block"
-    self.body.append(latex2mathml.converter.convert(node.astext(), display=display))
-    raise nodes.SkipNode
-
-
 def setup(app: Sphinx) -> None:
     app.connect("builder-inited", write_lessons)
     app.connect("source-read", link_pages)
-    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))

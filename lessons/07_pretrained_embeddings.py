@@ -37,6 +37,8 @@ from jax_model5.corpus import load_corpus
 from jax_model5.losses import nll
 from jax_model5.optimizer import optimizer, split_frozen
 from jax_model5.trees import merge
+from torch_ref.step import make_optimizer, make_scheduler
+from torch_ref.step import train_step as torch_train_step
 
 lesson = Lesson("07", "Embeddings learnt before: trained on, or frozen")
 torch.set_num_threads(1)  # two that wait for each other take minutes where the cores are busy
@@ -90,7 +92,7 @@ learnt_VxD = learn_table(tokens_T[n_tokens:], random_VxD)
 
 In PyTorch a frozen weight has `requires_grad = False`: it gets no gradient, and AdamW skips it. In
 JAX the weights are split in two trees; the gradient and the optimizer are given one, and a merge
-gives the model both.
+gives the model both. (PyTorch's step is the reference's; lesson 06 writes it out.)
 """
 
 
@@ -138,16 +140,13 @@ def epoch_of_both(config):
         params, twin = twins(learnt_VxD, 0, torch.float64)
         moments, curves = optimizer(config, 1).init(split_frozen(params, config)[0]), []
         twin[0].weight.requires_grad_(config == FREE)
-        update = torch.optim.AdamW(twin.parameters(), lr=config.learning_rate)
+        update = make_optimizer(twin, config)
+        scheduler, run = make_scheduler(update, config, 1), lesson.model5(1, seq_len=8)
         for windows_BxL1 in batches(0, 0):
             params, moments, loss = train_step(config, params, moments, windows_BxL1)
             windows_BxL1 = torch.from_numpy(windows_BxL1)
-            update.zero_grad()
-            logits_BxLxV = twin(windows_BxL1[:, :-1])
-            theirs = torch.nn.functional.cross_entropy(logits_BxLxV.mT, windows_BxL1[:, 1:])
-            theirs.backward()
-            update.step()
-            curves.append((float(loss), theirs.item()))
+            theirs = torch_train_step(twin, update, scheduler, windows_BxL1, run)
+            curves.append((float(loss), theirs["loss"]))
         tables = params["embed"]["embedding"], twin[0].weight.numpy(force=True)
     return furthest(*zip(*curves, strict=True)), furthest(tables, (learnt_VxD, learnt_VxD))
 

@@ -101,11 +101,7 @@ VERDICTS = {True: "yes", False: "no", None: "not judged at this size"}
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over the seeds, or the one value.
-
-    >>> spread([1.0, 2.0, 3.0])
-    '2.00 ± 1.00'
-    """
+    """Mean ± standard deviation over the seeds, or the one value."""
     mean = f"{np.mean(values):.{digits}f}"
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -142,6 +143,30 @@ def test_bad_input_of_one_process_ends_the_others(tmp_path, text_file, broken):
     assert "is not UTF-8" in line
     ended = (2, f"{line} (process {broken} of 3)")
     assert found == [ended, ended], "a launcher would try again"
+
+
+def test_what_is_said_with_the_first_word_is_heard(monkeypatch):
+    """One fails just after joining: its line lies in the socket behind its password."""
+    said, codes = [], []
+
+    def end(code):
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(processes, "write_line", said.append)
+    monkeypatch.setattr(processes, "_connections", {})
+    monkeypatch.setattr(processes._watch, "is_on", True)
+    monkeypatch.setattr(processes.os, "_exit", end)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as client:
+            client.sendall(b"secret\n1\n1 error: bad text\n")
+        processes._serve(server, b"secret\n")
+        deadline = time.monotonic() + 60
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert (said, codes) == (["error: bad text (process 1 of 2)"], [2])
 
 
 JOINS = {
