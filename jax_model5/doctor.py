@@ -154,8 +154,10 @@ def packages() -> Iterator[Finding]:
         needs = [Requirement(text) for text in importlib.metadata.requires("jax_model5") or []]
     except importlib.metadata.PackageNotFoundError:
         return  # noted by `python`
-    good = []
-    for need in needs:
+    good, distinct = [], {}
+    for need in needs:  # several extras may ask for the same; the run's own come first
+        distinct.setdefault((need.name, need.specifier), need)
+    for need in distinct.values():
         is_extra = need.marker is not None and not need.marker.evaluate({"extra": ""})
         here = _version(need.name)
         wanted = f"{need.name}{need.specifier}"
