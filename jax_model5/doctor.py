@@ -154,7 +154,7 @@ def packages() -> Iterator[Finding]:
         needs = [Requirement(text) for text in importlib.metadata.requires("jax_model5") or []]
     except importlib.metadata.PackageNotFoundError:
         return  # noted by `python`
-    good, distinct = [], {}
+    good, distinct = [], dict[Any, Requirement]()
     for need in needs:  # several extras may ask for the same; the run's own come first
         distinct.setdefault((need.name, need.specifier), need)
     for need in distinct.values():
