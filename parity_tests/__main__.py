@@ -101,6 +101,7 @@ def write_page(name: str, texts: Sequence[str], figures: Sequence[Any]) -> None:
 def use_device(name: str) -> None:
     """JAX on this device, its compiled programs kept for the next time as training's are."""
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
+    jax.config.update("jax_num_cpu_devices", 4)  # the rung of four devices
     keep_programs(DataConfig().cache_dir)
     try:
         jax.devices()

@@ -6,7 +6,7 @@ import jax
 import pytest
 import torch
 
-from jax_model5 import losses, record
+from jax_model5 import record
 
 MEASUREMENTS = pytest.StashKey[list]()
 CAUGHT = pytest.StashKey[list]()
@@ -29,12 +29,6 @@ def _programs_of_one_module():
     """Drops a module's compiled programs: thousands of them use up the process's memory maps."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(autouse=True)
-def _logits_in_chunks(monkeypatch):
-    """The smallest cases stay whole; longer ones take the path of a full-size vocabulary."""
-    monkeypatch.setattr(losses, "ROWS", 40)
 
 
 @pytest.fixture

@@ -392,7 +392,7 @@ FAULTS = [
             JAX,
             "5 gradients",
             "",
-            "block 1: attention, backward",
+            "block 3: attention, backward",
             _replace(kernels, "attend", _attend(through_v=False)),
         ),
         (

@@ -1,10 +1,12 @@
-"""The ladder: eight rungs, each of which measures both models and names what differs most."""
+"""The ladder: nine rungs, each of which measures both models and names what differs most."""
 
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,9 @@ import torch
 import torch_ref.loss
 import torch_ref.model
 import torch_ref.step
-from jax_model5 import losses, model, optimizer, step
-from jax_model5.config import TEST_METRICS, ModelConfig, OptimizerConfig, TrainConfig
-from parity_tests import bridge
+from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, programs, step
+from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from parity_tests import bridge, chance
 
 DTYPES = ("float64", "float32")
 
@@ -29,11 +31,13 @@ FLOAT32_TOLERANCES: dict[str, float] = {
     "2 layer norm, mean 300": 6e-5,  # 2.2e-5
     "3 logits": 3e-6,  # 1.0e-6
     "4 loss": 4e-7,  # 2.3e-7
+    "4 losses by position": 4e-7,
     "5 gradients": 8e-6,  # 3.3e-6
     "6 updates": 1.5e-4,  # 6.1e-5
     "7 trajectory": 4e-4,  # 1.6e-4
     "7 trajectory, dropout": 8e-5,  # 2.2e-5
     "8 train/eval": 4e-7,  # 1.2e-7
+    "8 four devices": 4e-4,
 }
 
 
@@ -101,11 +105,17 @@ class Pair:
         scale = min(1.0, 3 / self.n_layers) ** 0.5
         mean, std = 0.1 * scale, 0.2 * scale
         self.params = self.random_tree(mean, std) if params is None else params
-        shape = (config.batch_size, config.model.seq_len + 1)
-        self.windows = self.random.integers(0, config.model.vocab_size, shape).astype(np.int32)
+        self.windows = self._windows(config)
         self.torch_model = torch_ref.model.Model5(config.model).to(self.torch_dtype)
         bridge.load(self.torch_model, self.params, config.model)
         self.torch_model.eval()
+
+    def _windows(self, config: TrainConfig) -> np.ndarray:
+        """Random tokens; each of a small vocabulary is an input, for every row's gradient."""
+        V, shape = config.model.vocab_size, (config.batch_size, config.model.seq_len)
+        inputs = self.random.permutation(np.resize(np.arange(V), shape).ravel()).reshape(shape)
+        last = self.random.integers(0, V, (config.batch_size, 1))
+        return np.concatenate([inputs, last], axis=1).astype(np.int32)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -133,7 +143,8 @@ class Pair:
 
     def state(self) -> step.TrainState:
         update = optimizer.optimizer(self.config.optimizer, self.config.steps)
-        return step.TrainState(jnp.int32(0), self.params, update.init(self.params))
+        moving, _ = optimizer.split_frozen(self.params, self.config.optimizer)
+        return step.TrainState(jnp.int32(0), self.params, update.init(moving))
 
     def block_params(self, layer: int) -> Any:
         if layer == self.n_layers - 1:
@@ -238,6 +249,7 @@ def logits(config: TrainConfig) -> Comparisons:
     for name, n in (("logits, all positions", config.model.seq_len), ("logits, last position", 1)):
         ours = _logits(pair.params, tokens, config=config, n_last=n)
         yield name, ours, expected[:, -n:]
+    yield "logits, from the KV cache", _cached_logits(pair.params, tokens, config), expected
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
@@ -245,6 +257,40 @@ def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int)
     return model.Model5(config.model).apply(
         {"params": params}, tokens, n_last=n_last, deterministic=True
     )
+
+
+def _cached_logits(params: Any, tokens_BxL: np.ndarray, config: TrainConfig) -> jax.Array:
+    """As text is generated: the first half at once, then one token at a time."""
+    unstacked, c = generate.unstack(params), config.model
+    cache: list = [{}] * c.n_layers
+    half, parts = c.seq_len // 2, []
+    for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 4)))]:
+        start_B = jnp.full(len(tokens_BxL), start)
+        x_BxTxD, cache = generate.extend(unstacked, cache, tokens_BxL[:, start:end], start_B, c)
+        parts += [generate.logits(unstacked, x_BxTxD[:, [t]], c) for t in range(end - start)]
+    return jnp.stack(parts, axis=1)
+
+
+def position_losses(config: TrainConfig) -> Comparisons:
+    """The NLL of each position on its own: a mean does not see rows in another order."""
+    pair = Pair(config)
+    logits_BxLxV = pair.torch_model(torch.from_numpy(pair.windows[:, :-1])).detach()
+    targets_BxL = torch.from_numpy(pair.windows[:, 1:])
+    B, L = targets_BxL.shape
+
+    def of_one(b: int, t: int) -> torch.Tensor:
+        rows = slice(b, b + 1)
+        return torch_ref.loss.loss(logits_BxLxV[rows, : t + 1], targets_BxL[rows, : t + 1], 1)
+
+    expected_BxL = np.array([[of_one(b, t) for t in range(L)] for b in range(B)])
+    for n in sorted({1, min(5, L), L}):
+        ours = _position_losses(pair.params, pair.windows, config=config, n_last=n)
+        yield f"losses of the last {n}", ours, expected_BxL[:, -n:]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "n_last"))
+def _position_losses(params: Any, windows: jax.Array, *, config: TrainConfig, n_last: int) -> Any:
+    return losses.position_losses(params, windows, config, n_last=n_last, deterministic=True)
 
 
 def loss(config: TrainConfig) -> Comparisons:
@@ -326,9 +372,13 @@ def without_keys_bias(params: Any) -> dict[str, np.ndarray]:
 def trajectory(config: TrainConfig) -> Comparisons:
     """`config.steps` optimizer steps of both loops; with dropout, on JAX's recorded masks."""
     pair = Pair(config)
-    for index, (ours, theirs) in enumerate(train_both(pair)):
-        for name in theirs.metrics:
-            yield f"{name} of step {index + 1}", ours.metrics[name], theirs.metrics[name]
+    with jax.disable_jit(False):  # compiled, also where a single pass is not
+        for index, (ours, theirs) in enumerate(train_both(pair)):
+            for name in theirs.metrics:
+                yield f"{name} of step {index + 1}", ours.metrics[name], theirs.metrics[name]
+            if limit := config.optimizer.clip_norm:
+                is_clipped = theirs.metrics["grad_norm"] > limit
+                yield f"step {index + 1} is clipped", is_clipped, True
     yield from _moved(pair, ours.params)
 
 
@@ -343,28 +393,54 @@ class Trained:
 def train_both(pair: Pair) -> Iterator[tuple[Trained, Trained]]:
     """Steps of both loops on the same batches, and on the same masks where dropout is on."""
     config = pair.config
+    for name in config.optimizer.freeze:
+        pair.torch_model.get_submodule(name).weight.requires_grad_(False)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
     state = pair.state()
     for index in range(config.steps):
         windows = np.roll(pair.windows, index, axis=1)
-        if config.model.dropout:
-            key = step.dropout_key(pair.key, index, 0)
-            masks = _masks(state.params, key, windows, config=config)
-            bridge.replay_masks(pair.torch_model, masks, config.model)
-        state, ours = train_step(state, pair.key, windows, config=config)
-        expected = torch_ref.step.train_step(
-            pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
-        )
+        with _on_masks_of(pair, state.params, index, windows):
+            state, ours = train_step(state, pair.key, windows, config=config)
+            expected = torch_ref.step.train_step(
+                pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
+            )
         expected["param_norm"] = torch_ref.step.param_norm(pair.torch_model)
         yield Trained(ours, state.params), Trained(expected, pair.torch_params())
+
+
+@contextlib.contextmanager
+def _on_masks_of(pair: Pair, params: Any, index: int, windows: np.ndarray) -> Iterator[None]:
+    """PyTorch's model drops what JAX drops in this step, micro-batch by micro-batch."""
+    config = pair.config
+    if config.model.dropout == 0:
+        yield
+        return
+    masks = iter(
+        [
+            masks_of(
+                params,
+                step.dropout_key(pair.key, index, micro),
+                windows[micro :: config.accumulate],
+                config=config,
+            )
+            for micro in range(config.accumulate)
+        ]
+    )
+
+    def replay(*_: Any) -> None:
+        bridge.replay_masks(pair.torch_model, next(masks), config.model)
+
+    hook = pair.torch_model.register_forward_pre_hook(replay)
+    yield
+    hook.remove()
 
 
 train_step = jax.jit(step.train_step, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _masks(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> Any:
+def masks_of(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> Any:
     _, variables = model.Model5(config.model).apply(
         {"params": params},
         windows[:, :-1],
@@ -391,18 +467,109 @@ def modes(config: TrainConfig) -> Comparisons:
     pair.torch_model.train()
     first, second = (pair.torch_model(windows[:, :-1]).detach() for _ in range(2))
     yield "train mode: PyTorch drops", torch.equal(first, second), False
-    losses = [
-        _loss(pair.state(), jax.random.key(seed), pair.windows, config=config) for seed in range(2)
+    ours_BxN = [
+        losses.position_losses(
+            pair.params,
+            pair.windows,
+            config,
+            n_last=losses.n_last(config),
+            deterministic=False,
+            dropout_key=jax.random.key(seed),
+        )
+        for seed in range(2)
     ]
-    yield "deterministic=False: JAX drops", losses[0] == losses[1], False
+    yield "deterministic=False: JAX drops", jnp.array_equal(*ours_BxN), False
+    expected_key = pair.key
+    for part in (step.DROPOUT, 3, 2):  # what it is for, the step, the micro-batch
+        expected_key = jax.random.fold_in(expected_key, part)
+    found = step.dropout_key(pair.key, 3, 2)
+    yield "the dropout key", *map(jax.random.key_data, (found, expected_key))
 
 
 _eval_step = jax.jit(step.eval_step, static_argnames="config")
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _loss(state: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> jax.Array:
-    return step.loss_and_gradients(state, key, windows, config=config)[0]
+def in_bfloat16(config: TrainConfig) -> Comparisons:
+    """Whatever computes in float32 under bfloat16: at most its result is rounded, once."""
+    pair, c = Pair(config), config.model
+    B, L, D = config.batch_size, c.seq_len, c.d_model
+    x, wide = (4 * pair.normal(*shape)[0] for shape in ((B, L, D), (B, L, 7 * D)))
+    q, k, v = (
+        pair.normal(B, c.n_heads, L, D // c.n_heads)[0].astype(jnp.bfloat16) for _ in range(3)
+    )
+    norm = pair.params["ln_f"]["scale"], pair.params["ln_f"]["bias"], model.LAYER_NORM_EPSILON
+    targets = jnp.zeros((B, L), jnp.int32)
+
+    def normal(x: jax.Array) -> jax.Array:
+        return layer_norm.layer_norm(x, *norm)
+
+    rounded = {
+        "layer norm": (normal, x),
+        "its gradient": (lambda x: jax.vjp(normal, x)[1](q.reshape(x.shape).astype(x.dtype))[0], x),
+        "erf GELU": (lambda x: kernels.gelu(x, approximate=False), x),
+        "loss": (lambda x: losses.nll(x, targets), wide),
+    }
+    for name, (function, argument) in rounded.items():
+        low = argument.astype(jnp.bfloat16)
+        yield (
+            f"{name} in bfloat16",
+            _is_rounded_once(function(low), function(low.astype(float))),
+            True,
+        )
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[-1])
+    exact = jax.nn.softmax(jnp.where(jnp.tri(L) > 0, scores.astype(float), -jnp.inf))
+    found: list[jax.Array] = []
+    kernels.attend(q, k, v, lambda weights: found.append(weights) or weights)
+    yield "softmax in bfloat16", _is_rounded_once(found[0], exact), True
+    logits = kernels.matmul_transposed(x.astype(jnp.bfloat16), pair.params["wte"].astype("float32"))
+    yield "logits stay in float32", logits.dtype == jnp.float32, True
+
+
+def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
+    """To bfloat16 after float32: half a last place, and what float32's own rounding may add."""
+    size = jnp.abs(exact)
+    last_place = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(size, 1e-30))) - 7)
+    allowed = 0.5 * last_place + 2.0**-20 * size.max()
+    return (jnp.abs(found.astype(exact.dtype) - exact) <= allowed).all()
+
+
+def on_devices(config: TrainConfig) -> Comparisons:
+    """Two steps on a mesh of 2 x 2 devices against one device; none where there are fewer."""
+    if len(jax.devices()) < 4:
+        return
+    config = dataclasses.replace(config, batch_size=8, mesh=MeshConfig(data=2, fsdp=2), steps=2)
+    pair, four = Pair(config), programs.Programs(config)
+    places = jax.tree.map(lambda leaf: leaf.sharding, four.abstract_state)
+    alone = pair.state()
+    split = jax.device_put(jax.tree.map(jnp.copy, alone), places)  # a state is donated
+    with jax.disable_jit(False):
+        for index in range(config.steps):
+            alone, expected = train_step(alone, pair.key, pair.windows, config=config)
+            split, found = four.train_step(split, four.key, four.to_devices(pair.windows))
+            for name in expected:
+                yield f"{name} of step {index + 1}", found[name], expected[name]
+    start, ours, theirs = map(without_keys_bias, (pair.params, split.params, alone.params))
+    for name in start:
+        yield name, ours[name] - start[name], theirs[name] - start[name]
+
+
+def dropout_by_chance(config: TrainConfig) -> Comparisons:
+    """What either side drops on its own, by statistics."""
+    pair = Pair(config)
+    windows = np.resize(pair.windows, (64, config.model.seq_len + 1))
+    key = step.dropout_key(pair.key, 0, 0)
+    masks = masks_of(pair.params, key, windows, config=dataclasses.replace(config, batch_size=64))
+    for figure in (
+        *chance.dropout_of_torch(pair.torch_model, config.model),
+        *chance.dropout_of_jax(masks, config.model),
+    ):
+        yield figure.what, figure.deviates, False
+
+
+def inits_by_chance(config: TrainConfig) -> Comparisons:
+    """The initial weights of either side, by statistics."""
+    for figure in chance.inits(config):
+        yield figure.what, figure.deviates, False
 
 
 RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
@@ -411,14 +578,19 @@ RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
     "2 layer norm, mean 300": large_mean,
     "3 logits": logits,
     "4 loss": loss,
+    "4 losses by position": position_losses,
     "5 gradients": gradients,
     "6 updates": updates,
     "7 trajectory": trajectory,
     "7 trajectory, dropout": trajectory,
     "8 train/eval": modes,
+    "8 bfloat16": in_bfloat16,
+    "8 four devices": on_devices,
+    "9 dropout, by chance": dropout_by_chance,
+    "9 initial weights, by chance": inits_by_chance,
 }
-EXACT = ("1 weights",)
-WITH_DROPOUT = ("7 trajectory, dropout", "8 train/eval")
+EXACT = ("1 weights", "8 bfloat16", "9 dropout, by chance", "9 initial weights, by chance")
+WITH_DROPOUT = ("7 trajectory, dropout", "8 train/eval", "9 dropout, by chance")
 
 
 def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
@@ -437,11 +609,18 @@ def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
 
 @contextlib.contextmanager
 def exactly(dtype: str) -> Iterator[None]:
-    """JAX in this dtype, neither side on TF32, PyTorch's own dropout from one seed."""
+    """JAX in this dtype, neither side on TF32, PyTorch's own dropout from one seed.
+
+    Logits come in chunks of a few rows with a rest, as those of a full-size vocabulary do.
+    """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+    in_chunks = mock.patch.object(losses, "ROWS", ROWS)
+    with in_chunks, jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         yield
+
+
+ROWS = 7  # of logits at once: chunks of 2 positions at a batch of 3
 
 
 # ---- cases --------------------------------------------------------------------------------------
@@ -519,6 +698,7 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
         ADAMW, schedule="cosine", warmup_steps=2, clip_norm=0.5
     ),
     "adam, linear": dataclasses.replace(ADAMW, name="adam", schedule="linear", weight_decay=0.1),
+    "adamw, other moments": dataclasses.replace(ADAMW, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1),
     "sgd, momentum": OptimizerConfig(name="sgd", learning_rate=0.1, weight_decay=0.1),
     "sgd": OptimizerConfig(name="sgd", learning_rate=0.1, b1=0.0),
 }

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_model5.config import TrainConfig
@@ -32,6 +35,11 @@ class Row:
     error: float
     tolerance: float
     cause: str = ""
+    stack: tuple[str, ...] = ()  # where a model stopped: its functions, the innermost last
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self.stack or (self.operation,)
 
     @property
     def passed(self) -> bool:
@@ -46,37 +54,110 @@ class Row:
 
 
 def default_config(dtype: str) -> TrainConfig:
-    """The last 3 positions of 8, so that the suffix block has a mask of its own."""
-    clipped = dataclasses.replace(ladder.ADAMW, clip_norm=0.5)
-    return ladder.case(dtype, "last_k", steps=5, dropout=0.1, optimizer=clipped, n_layers=2)
+    """The last 5 positions of 8, so that the suffix block has a mask of its own; a trunk of 3."""
+    clipped = dataclasses.replace(
+        ladder.ADAMW, clip_norm=0.02, schedule="cosine", warmup_steps=2, b2=0.95
+    )
+    # 6 / 2 rows: the micro-batches of a step.
+    config = ladder.case(dtype, "last_k", 6, steps=4, accumulate=2, dropout=0.1, optimizer=clipped)
+    return _with_model(config, n_layers=4, vocab_size=23)
+
+
+def other_config(config: TrainConfig) -> TrainConfig:
+    """What the default has not: all tokens, tanh, a head of its own, a scanned trunk of 7."""
+    other = dataclasses.replace(config, objective="all_tokens", batch_size=3, accumulate=1, steps=2)
+    return _with_model(
+        other, n_layers=8, gelu="tanh", tied_head=False, scale_logits=False, remat="full"
+    )
+
+
+def _with_model(config: TrainConfig, **fields: Any) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 
 def first_difference(config: TrainConfig) -> Row | None:
     return next((row for row in rows(config) if not row.passed), None)
 
 
-def rows(config: TrainConfig) -> Iterator[Row]:
-    """Everything, in the order in which a mistake shows: what comes first is to blame."""
-    off = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
-    parameters = list(_rung("1 weights", off, "parameters"))
-    yield from parameters
-    if not all(row.passed for row in parameters):
-        return  # the weights of one side do not fit the other: nothing else can be compared
-    yield from _operations(off)
-    yield from _rung("2 layer norm, mean 300", off, "ln_f at mean 300")
-    yield from _rung("4 loss", off, "loss")
-    yield from _rung("5 gradients", off, "")
+def rows(config: TrainConfig, first: Sequence[str] = ()) -> Iterator[Row]:
+    """Everything, in the order in which a mistake shows: what comes first is to blame.
+
+    `first`: stages to begin with.
+    """
+    every = list(stages(config))
+    every.sort(key=lambda named: first.index(named[0]) if named[0] in first else len(first))
+    for _, stage in every:
+        passed = True
+        try:
+            for row in stage:
+                passed &= row.passed
+                yield row
+        except Exception as error:
+            yield _stop(error, config)
+            return
+        if row.operation == "parameters" and not passed:
+            return  # the weights of one side do not fit the other: nothing else can be compared
+
+
+def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
+    """(name, rows) of what is compared, in order; a rung of the ladder by what it judges."""
+    off = _with_model(config, dropout=0.0)
+
+    def rung(name: str, of_the_ladder: str, config: TrainConfig = off) -> tuple:
+        return name, _rung(of_the_ladder, config, name)
+
+    yield rung("parameters", "1 weights")
+    yield "operations", _operations(off)
+    yield rung("ln_f at mean 300", "2 layer norm, mean 300")
+    yield rung("loss", "4 losses by position")
+    yield rung("gradients", "5 gradients")
     if config.model.dropout:
-        yield from _operations(config)
-    yield from _rung("6 updates", off, "optimizer")
-    yield from _rung("7 trajectory", dataclasses.replace(off, batch_size=4, accumulate=2), "step")
-    yield from _rung("8 train/eval", config, "train and eval mode")
+        yield "operations, dropout on", _operations(config)
+    for update in ladder.OPTIMIZERS.values():
+        yield rung("optimizer", "6 updates", dataclasses.replace(off, optimizer=update))
+    yield rung("step", "7 trajectory, dropout", config)
+    yield rung("train and eval mode", "8 train/eval", config)
+    yield rung("suffix path and KV cache", "3 logits")
+    if config.model.dtype != "float64":
+        return
+    other = other_config(config)
+    yield "operations, the other config", _operations(other)
+    yield rung("step", "7 trajectory, dropout", other)
+    frozen = dataclasses.replace(config.optimizer, freeze=("wte", "wpe"))
+    yield rung("frozen leaves", "7 trajectory", dataclasses.replace(off, optimizer=frozen))
+    yield rung("bfloat16", "8 bfloat16", config)
+    yield rung("four devices", "8 four devices", config)
+    yield rung("dropout by chance", "9 dropout, by chance", config)
+    yield rung("initial weights", "9 initial weights, by chance", config)
+
+
+# ---- a model that stops -------------------------------------------------------------------------
+
+_SOURCES = {"jax_model5": "JAX", "torch_ref": "PyTorch"}
+
+
+def _stop(error: Exception, config: TrainConfig) -> Row:
+    """The functions of either model from which an error came, the innermost to blame."""
+    frames = [
+        (_SOURCES[path.parent.name], path, line, frame.f_code.co_qualname.replace(".<locals>", ""))
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        for path in [Path(frame.f_code.co_filename)]
+        if path.parent.name in _SOURCES
+    ]
+    stack = tuple(f"{path.stem}.{name}" for _, path, _, name in frames)
+    words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if frames:
+        calls = [f"{path.parent.name}/{path.name}:{line}" for _, path, line, _ in frames[::-1]]
+        words = f"{frames[-1][0]} stops there ({', from '.join(calls)}): {words}"
+    place = stack[-1] if stack else "neither model"
+    fields = config.model.dtype, config.model.dropout, np.inf, np.inf, 0.0
+    return Row(place, "stops", *fields, words, stack)
 
 
 def _rung(rung: str, config: TrainConfig, operation: str) -> Iterator[Row]:
-    """A rung of the ladder; without an operation, that which owns the parameter."""
+    """A rung of the ladder; a gradient's operation is the one that owns the parameter."""
     for m in ladder.measure(rung, "", config):
-        owner = operation or _owner(m.where, config)
+        owner = _owner(m.where, config) if operation == "gradients" else operation
         fields = m.dtype, config.model.dropout, m.max_abs, m.error, m.tolerance
         yield Row(owner, f"{rung.partition(' ')[2]}: {m.where}", *fields)
 
@@ -167,6 +248,9 @@ def _cause(pair: ladder.Pair, masks: Any, ours: Side, theirs: Side, row: Row) ->
     if missing:
         return f"{missing[0]} does not compute it, or under another name"
     inputs = _inputs(pair, masks, ours, block)
+    site = _SITES.get(operation)
+    if pair.config.model.dropout and site and site not in inputs.keep:
+        return "in JAX, dropout is left out"
     right = spec.SPEC[operation][""](inputs)
     values = {side: outputs[row.operation] for side, outputs in found.items()}
     wrong = [side for side, value in values.items() if not _is(right, value, row.tolerance)]
@@ -180,26 +264,33 @@ def _cause(pair: ladder.Pair, masks: Any, ours: Side, theirs: Side, row: Row) ->
     return f"it is {wrong[0]} that departs from its definition{_kind_of_error(value, right)}"
 
 
+# The dropout that an operation ends with.
+_SITES = {
+    "embedding dropout": "drop",
+    "attention weights": "attn/drop",
+    "attention residual": "attn_drop",
+    "MLP residual": "mlp_drop",
+}
+
+
 def _is(value: Any, found: Any, tolerance: float) -> bool:
     return ladder.relative(*_last(found, value)) <= tolerance
 
 
 def _kind_of_error(value: Any, right: Any) -> str:
+    """Only what explains the whole error to rounding."""
     if value.shape[-1] != right.shape[-1]:
         return ": it has another shape"
     if not np.isfinite(value).all():
         return ": it is not finite"
     value, right = _last(value, right)
     factor = float(np.vdot(value, right) / np.vdot(right, right))
-    if _is(factor * right, value, 1e-10):
+    if value.size > 1 and _is(factor * right, value, 1e-10):
         return f" by a factor of {factor:.6g}"
-    error = ladder.relative(value, right)
-    named = [dtype for low, high, dtype in _ROUNDING if low < error < high]
-    return f": the error is that of {named[0]}" if named else ""
-
-
-# Relative errors of an operation that rounds to another dtype.
-_ROUNDING = ((1e-9, 1e-6, "float32"), (2e-5, 1e-3, "TF32 or float16"), (1e-3, 1e-2, "bfloat16"))
+    for dtype in (jnp.bfloat16, np.float16, np.float32):
+        if np.dtype(dtype).itemsize < value.dtype.itemsize and _is(value.astype(dtype), value, 0):
+            return f": its values are those of {np.dtype(dtype).name}"
+    return ""
 
 
 def _inputs(pair: ladder.Pair, masks: Any, ours: Side, block: str) -> spec.Inputs:

@@ -175,9 +175,10 @@ def of_torch(pair: Pair, masks: Any) -> tuple[Values, Values]:
     hooks = []
     for layer, block in enumerate(theirs.blocks):
         taps = {f"block {layer}: {name}": tap[2:] for name, tap in BLOCK_TAPS.items()}
-        hooks += [_hook(block, name, *tap, tensors) for name, tap in taps.items()]
+        for name, tap in taps.items():
+            hooks += _hooks(block, name, *tap, tensors)
     for name, tap in ROOT_TAPS.items():
-        hooks.append(_hook(theirs, name, *tap[2:], tensors))
+        hooks += _hooks(theirs, name, *tap[2:], tensors)
     windows = torch.from_numpy(pair.windows)
     n = torch_ref.loss.n_last(config)
     loss = torch_ref.loss.loss(theirs(windows[:, :-1]), windows[:, 1:], n)
@@ -193,8 +194,14 @@ def of_torch(pair: Pair, masks: Any) -> tuple[Values, Values]:
     return _as_jax_lays_out(values, gradients)
 
 
-def _hook(root: torch.nn.Module, name: str, path: str, end: Any, tensors: dict) -> Any:
-    module = root.get_submodule(path)
+def _hooks(root: torch.nn.Module, name: str, path: str, end: Any, tensors: dict) -> list:
+    try:
+        return [_hook(root.get_submodule(path), name, end, tensors)]
+    except AttributeError:  # gone, or under another name: the report says so
+        return []
+
+
+def _hook(module: torch.nn.Module, name: str, end: Any, tensors: dict) -> Any:
 
     def keep(tensor: torch.Tensor) -> None:
         if tensor.requires_grad:

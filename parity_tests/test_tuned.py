@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from jax_model5.config import ModelConfig, TrainConfig
+from parity_tests.ladder import FLOAT64_TOLERANCE, relative
 from torch_ref.bench import TunedModel5, tuned_step
-from torch_ref.loss import loss, n_last
+from torch_ref.loss import n_last
 from torch_ref.model import Model5
 from torch_ref.step import make_optimizer, make_scheduler, train_step
 
@@ -22,6 +23,9 @@ def pair(objective, last_k):
         model=MODEL, objective=objective, last_k=last_k, batch_size=4, accumulate=2
     )
     course, tuned = Model5(MODEL).double(), TunedModel5(MODEL).double()
+    with torch.no_grad():  # far from the init, where attention hardly matters to the loss
+        for parameter in course.parameters():
+            parameter.normal_(0.1, 0.3)
     tuned.load_state_dict(course.state_dict())
     windows = torch.randint(0, MODEL.vocab_size, (4, MODEL.seq_len + 1))
     return config, course, tuned, windows
@@ -50,14 +54,16 @@ def test_a_suffix_that_looks_ahead_is_seen():
     def unmasked(*args, attn_mask=None, **fields):
         return plain(*args, **fields)
 
-    n = n_last(config)
-    expected = loss(course(windows[:, :-1]), windows[:, 1:], n)
+    tokens, n = windows[:, :-1], n_last(config)
+    expected = course(tokens)[:, -n:].detach()
+    assert relative(tuned(tokens, n).detach(), expected) < FLOAT64_TOLERANCE
     torch.nn.functional.scaled_dot_product_attention = unmasked
     try:
-        logits = tuned(windows[:, :-1], n)
+        found = tuned(tokens, n).detach()
     finally:
         torch.nn.functional.scaled_dot_product_attention = plain
-    assert abs(loss(logits, windows[:, 1:], n) - expected) > 1e-6
+    # The least of 300 seeds was 1.0e-3; a mean loss, one number, may agree by chance.
+    assert relative(found, expected) > 1e-4
 
 
 def test_dropout_is_on_in_the_suffix():

@@ -1,0 +1,164 @@
+"""What a model draws itself, dropout and initial weights, judged by its statistics.
+
+A figure fails where it is more than LIMIT standard deviations from what it must be: a clean tree
+fails one of a thousand such figures in a million runs. What they can tell is said beside them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+import torch_ref.model
+from jax_model5 import step
+from jax_model5.config import ModelConfig, TrainConfig
+from parity_tests import bridge
+
+LIMIT = 6.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A statistic, in standard deviations from its true value; infinite if it is not exact."""
+
+    what: str
+    z: float
+
+    @property
+    def deviates(self) -> bool:
+        return not abs(self.z) <= LIMIT  # NaN deviates
+
+
+def _exact(what: str, holds: Any) -> Figure:
+    return Figure(what, 0.0 if bool(holds) else math.inf)
+
+
+def _share(what: str, is_dropped: np.ndarray, rate: float) -> Figure:
+    deviation = math.sqrt(rate * (1 - rate) / is_dropped.size)
+    return Figure(f"{what}: share that is dropped", (is_dropped.mean() - rate) / deviation)
+
+
+# ---- dropout ------------------------------------------------------------------------------------
+
+_L = 300  # 45,150 attention weights: a rate of 0.1 is told from 0.11, of the others from 0.105
+
+
+def dropout_of_torch(model: torch.nn.Module, config: ModelConfig) -> Iterator[Figure]:
+    """Each site's own random mask in train mode: how many it drops, and by what it rescales."""
+    model.train()
+    dtype = next(model.parameters()).dtype
+    for name, site in model.named_modules():
+        if not isinstance(site, torch_ref.model.Dropout):
+            continue
+        rate = config.dropout_at(_site(name))
+        site.mask = None
+        if isinstance(site, torch_ref.model.CausalAttention):
+            q = torch.zeros(1, 1, _L, 8, dtype=dtype)  # equal scores, and v the identity
+            y_LxL = site(q, q, torch.eye(_L, dtype=dtype)[None, None])[0, 0]
+            kept = (y_LxL * torch.arange(1, _L + 1)[:, None])[torch.ones(_L, _L).tril() > 0]
+        else:
+            kept = site(torch.ones(150_000, dtype=dtype))
+        kept_N = kept.detach().numpy()
+        yield _share(f"PyTorch, {name}", kept_N == 0, rate)
+        off = np.abs(kept_N[kept_N != 0] * (1 - rate) - 1).max()
+        yield _exact(f"PyTorch, {name}: survivors are rescaled", off < 1e-5)
+    model.eval()
+
+
+def _site(name: str) -> str:
+    sites = {"drop": "embedding", "attend": "attention", "attn_drop": "attention_output"}
+    return sites.get(name.rpartition(".")[2], "mlp")
+
+
+def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
+    """The masks of a large batch: how many they drop; no two of them are the same."""
+    seen = []
+    for layer in range(config.n_layers):
+        for site, mask in bridge.masks_of_block(masks, layer, config.n_layers).items():
+            if layer and site == "drop":
+                continue
+            keep = mask[..., -1, :] if site == "attn/drop" else mask
+            rate = config.dropout_at(_site(site.replace("attn/drop", "attend")))
+            yield _share(f"JAX, block {layer}, {site}", ~keep, rate)
+            seen.append((f"block {layer}, {site}", keep))
+            yield _exact(f"JAX, block {layer}, {site}: rows differ", (keep[0] != keep[1]).any())
+    for i, (name, keep) in enumerate(seen):
+        twins = [other for other, mask in seen[:i] if _begin_alike(mask, keep)]
+        yield _exact(f"JAX, {name}: a mask of its own, not that of {twins}", not twins)
+
+
+def _begin_alike(a: np.ndarray, b: np.ndarray) -> bool:
+    n = min(a.size, b.size)
+    return np.array_equal(a.ravel()[:n], b.ravel()[:n])
+
+
+# ---- initial weights ----------------------------------------------------------------------------
+
+INITS = ("course", "xavier", "kaiming", "torch", "normal:0.05")
+_NORMAL, _UNIFORM = 3.0, 1.8  # kurtosis; that of a truncated normal is 2.4 or so
+_SIZES = {"vocab_size": 211, "seq_len": 40, "d_model": 48, "n_heads": 3, "n_layers": 3}
+
+
+def inits(config: TrainConfig) -> Iterator[Figure]:
+    """Every leaf of both sides, by init: mean, deviation, and the shape of its distribution."""
+    for init in INITS:
+        fields = {**_SIZES, "init": init, "tied_head": False}
+        c = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+        theirs = dict(torch_ref.model.Model5(c.model).double().named_parameters())
+        yield from _of_jax(c)
+        yield from _leaves(f"PyTorch, init {init}", bridge.from_torch(theirs, c.model), c.model)
+
+
+@functools.cache  # PyTorch's faults leave it as it is
+def _of_jax(config: TrainConfig) -> list[Figure]:
+    params = step.init_state(jax.random.key(0), config=config).params
+    return list(_leaves(f"JAX, init {config.model.init}", params, config.model))
+
+
+def _leaves(what: str, params: Any, config: ModelConfig) -> Iterator[Figure]:
+    leaves = bridge.flat(params)
+    for path, leaf in leaves.items():
+        name = path.rpartition("/")[2]
+        if name == "scale":
+            yield _exact(f"{what}: {path} is 1", (leaf == 1).all())
+        elif name == "head":
+            yield _exact(f"{what}: head begins as wte", (leaf == leaves["wte"]).all())
+        elif name == "bias" and ("ln_" in path or config.init != "torch"):
+            yield _exact(f"{what}: {path} is 0", (leaf == 0).all())
+        else:
+            yield from _distribution(f"{what}: {path}", leaf, *_law(path, leaves, config))
+    blocks = leaves["trunk/fc/kernel"]
+    yield _exact(f"{what}: layers differ", (blocks[0] != blocks[1]).all())
+
+
+def _law(path: str, leaves: dict[str, np.ndarray], config: ModelConfig) -> tuple[float, float]:
+    """(standard deviation, kurtosis) of a leaf: what docs/fidelity.md says, once more."""
+    V, L, D = config.vocab_size, config.seq_len, config.d_model
+    kind, _, std = config.init.partition(":")
+    is_table = path in ("wte", "wpe")
+    kernel = path.removesuffix("bias") + "kernel" if path.endswith("bias") else path
+    fan_in, fan_out = (D, V) if is_table else leaves[kernel].shape[-2:]
+    if path == "wpe" and kind in ("course", "xavier"):
+        return math.sqrt(2 / (L + D)), _NORMAL
+    if kind == "torch":
+        return (1.0, _NORMAL) if is_table else (1 / math.sqrt(3 * fan_in), _UNIFORM)
+    if path == "wpe" and kind == "kaiming":
+        return math.sqrt(2 / D), _NORMAL
+    stds = {"course": 0.02, "xavier": math.sqrt(2 / (fan_in + fan_out))}
+    stds["kaiming"] = math.sqrt(2 / fan_in)
+    return stds[kind] if kind in stds else float(std), _NORMAL
+
+
+def _distribution(what: str, leaf: np.ndarray, std: float, kurtosis: float) -> Iterator[Figure]:
+    n = leaf.size
+    yield Figure(f"{what}: mean", leaf.mean() / (std / math.sqrt(n)))
+    spread = math.sqrt((kurtosis - 1) / (4 * n))  # of the relative error of a deviation
+    yield Figure(f"{what}: standard deviation", (leaf.std() / std - 1) / spread)
+    if n >= 5000:
+        found = np.mean(((leaf - leaf.mean()) / leaf.std()) ** 4)
+        yield Figure(f"{what}: kurtosis", (found - kurtosis) / math.sqrt(24 / n))

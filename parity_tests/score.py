@@ -1,0 +1,359 @@
+"""How many of all small faults the proof finds, and where; `python -m parity_tests.score`.
+
+Each mutant of the code that the proof covers is planted in a warm process, where the report's
+stages run, in float64, until one differs. Kept tools for mutants (mutmut, cosmic-ray) start a test
+command for each: ten seconds of imports, and they leave out no call, stop no gradient.
+"""
+
+import argparse
+import builtins
+import collections
+import contextlib
+import dataclasses
+import fnmatch
+import importlib
+import json
+import multiprocessing
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors
+from jax_model5.record import circumstances, write_json
+from parity_tests.explained import EXPLAINED, NOT_RUN
+from parity_tests.mutants import Mutant, mutants
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    "jax_model5/kernels.py",
+    "jax_model5/layer_norm.py",
+    "jax_model5/model.py",
+    "jax_model5/losses.py",
+    "jax_model5/optimizer.py",
+    "jax_model5/step.py",
+    "torch_ref/model.py",
+    "torch_ref/loss.py",
+    "torch_ref/step.py",
+]
+# Who must be loaded again after a change of one of them, in this order.
+_AFTER_JAX = [path.removesuffix(".py").replace("/", ".") for path in FILES[:6]]
+_AFTER_JAX += ["jax_model5.programs", "jax_model5.generate"]
+_AFTER_JAX += [f"parity_tests.{name}" for name in ("chance", "ladder", "taps", "report")]
+_LONGEST = 300  # seconds of a mutant: more is a fault that never ends
+_MUTANTS_OF_A_PROCESS = 100  # each leaves compiled programs behind
+
+
+# ---- one mutant ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of one mutant."""
+
+    mutant: Mutant
+    caught: bool
+    located: bool = False
+    words: str = ""
+    seconds: float = 0.0
+
+
+class Values:
+    """`low_precision` and `no_gradient`, which mutants call, and whether they met a tensor."""
+
+    def __init__(self) -> None:
+        self.met = False
+
+    def low_precision(self, value: Any) -> Any:
+        import jax.numpy as jnp
+        import torch
+
+        def low(x: Any) -> Any:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                self.met = True
+                return x.float().double()
+            if getattr(x, "dtype", None) == jnp.float64 and hasattr(x, "astype"):
+                self.met = True
+                return x.astype(jnp.float32).astype(jnp.float64)
+            return x
+
+        return self._each(low, value)
+
+    def no_gradient(self, value: Any) -> Any:
+        import jax
+        import torch
+
+        def stop(x: Any) -> Any:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                self.met = True
+                return x.detach()
+            if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+                self.met = True
+                return jax.lax.stop_gradient(x)
+            return x
+
+        return self._each(stop, value)
+
+    def _each(self, change: Any, value: Any) -> Any:
+        import jax
+
+        try:
+            return jax.tree.map(change, value)
+        except (TypeError, ValueError):  # a dictionary whose keys have no order, and the like
+            return value
+
+
+def judge(mutant: Mutant) -> Verdict | None:
+    """None: what it would change is no tensor."""
+    import jax
+
+    from parity_tests.places import is_near, operations_of
+
+    start, values = time.perf_counter(), Values()
+    builtins.low_precision, builtins.no_gradient = (  # type: ignore[attr-defined]
+        values.low_precision,
+        values.no_gradient,
+    )
+    # One operation after the other needs no compilation of what changed; what did not is compiled.
+    is_jax = mutant.file.startswith("jax_model5")
+    with _planted(mutant) as broken, jax.disable_jit(is_jax):
+        found = broken or _first_difference(mutant)
+    seconds = round(time.perf_counter() - start, 1)
+    if found is None:
+        is_nothing = mutant.operator in ("rounded to float32", "gradient stopped")
+        return None if is_nothing and not values.met else Verdict(mutant, False, seconds=seconds)
+    places, words = found
+    expected = operations_of(f"{Path(mutant.file).stem}.{mutant.scope}", mutant.code)
+    located = broken is not None or any(is_near(place, expected) for place in places)
+    return Verdict(mutant, True, located, words, seconds)
+
+
+@contextlib.contextmanager
+def _planted(mutant: Mutant) -> Iterator[tuple[Sequence[str], str] | None]:
+    """Yields what stops it from being loaded, if anything does."""
+    name = mutant.file.removesuffix(".py").replace("/", ".")
+    after = _AFTER_JAX[_AFTER_JAX.index(name) + 1 :] if name in _AFTER_JAX else []
+    module, broken = importlib.import_module(name), None
+    try:
+        exec(compile(mutant.source, str(ROOT / mutant.file), "exec"), module.__dict__)
+        for other in after:
+            importlib.reload(sys.modules[other])
+    except Exception as error:
+        broken = (), f"does not load: {error}"
+    try:
+        yield broken
+    finally:
+        for other in [name, *after]:
+            importlib.reload(sys.modules[other])
+
+
+def _first_difference(mutant: Mutant) -> tuple[Sequence[str], str] | None:
+    from parity_tests import report
+
+    config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope}"
+    first = next((stages for part, stages in _FIRST.items() if re.search(part, place)), ())
+    for row in report.rows(config, first):
+        if not row.passed:
+            return row.places, f"{row.operation}, {row.what}: error {row.error:.1e}; {row.cause}"
+    return None
+
+
+# Stages that see a place's faults soonest; the others come after them.
+_FIRST = {
+    r":(init_(?!state)|\w+_init$|Model5\._init)": ("initial weights",),
+    "optimizer|schedule": ("optimizer", "step"),
+    "eval_step": ("train and eval mode",),
+    r"step\.py": ("gradients", "step"),
+    ":Dropout|threefry|keep_mask|threshold": ("operations, dropout on", "dropout by chance"),
+}
+
+
+# ---- many ---------------------------------------------------------------------------------------
+
+
+def all_mutants() -> Iterator[Mutant]:
+    for file in FILES:
+        yield from mutants(file, (ROOT / file).read_text())
+
+
+def explanation(mutant: Mutant, among: list[tuple[str, str, str]]) -> str | None:
+    """The sentence of the first pattern that fits the place, and the operator with the diff."""
+    place, change = f"{mutant.file}:{mutant.scope}", f"{mutant.operator}\n{mutant.diff}"
+    for where, what, sentence in among:
+        if fnmatch.fnmatchcase(place, where) and fnmatch.fnmatchcase(change, f"*{what}*"):
+            return sentence
+    return None
+
+
+def verdicts(chosen: list[Mutant], n_workers: int) -> Iterator[Verdict]:
+    """In the order in which they come."""
+    waiting = collections.deque(chosen)
+    workers: dict[Connection, Worker] = {}
+    while waiting or workers:
+        while waiting and len(workers) < n_workers:
+            worker = Worker()
+            workers[worker.pipe] = worker
+        ready = wait(list(workers), timeout=1)
+        for pipe, worker in list(workers.items()):
+            if pipe not in ready and not worker.is_late():
+                continue
+            verdict = worker.verdict() if pipe in ready else worker.never_ends()
+            if verdict:
+                yield verdict
+            if waiting and worker.goes_on():
+                worker.give(waiting.popleft())
+            else:
+                worker.end()
+                del workers[pipe]
+
+
+class Worker:
+    """A warm process that judges one mutant after the other."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.start, self.n_given, self.is_whole = time.monotonic(), 0, True
+
+    def give(self, mutant: Mutant) -> None:
+        self.mutant, self.start, self.n_given = mutant, time.monotonic(), self.n_given + 1
+        self.pipe.send(mutant)
+
+    def is_late(self) -> bool:
+        return self.n_given > 0 and time.monotonic() - self.start > _LONGEST
+
+    def verdict(self) -> Verdict | None:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            if self.n_given == 0:
+                raise UserError(
+                    "parity_tests: something differs without a mutant; run python -m parity_tests"
+                ) from None
+            self.is_whole = False
+            return Verdict(self.mutant, True, False, "the process ends")
+
+    def never_ends(self) -> Verdict:
+        self.is_whole = False
+        return Verdict(self.mutant, True, False, f"no end within {_LONGEST} s")
+
+    def goes_on(self) -> bool:
+        return self.is_whole and self.n_given < _MUTANTS_OF_A_PROCESS
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(pipe: Connection) -> None:
+    import os
+
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 4)
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_opt_preset=FAST_COMPILE"
+    import torch
+
+    from parity_tests import report
+
+    torch.set_num_threads(1)
+    if report.first_difference(report.default_config("float64")):
+        return  # nothing can be told: the parent says so
+    pipe.send(None)
+    while True:
+        pipe.send(judge(pipe.recv()))
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """0: every mutant is caught or explained; 1: not so; 2: bad input."""
+    with one_line_errors():
+        options = _options(sys.argv[1:])
+        every = [m for m in all_mutants() if not explanation(m, NOT_RUN)]
+        by_seed = random.Random(options.seed)
+        chosen = by_seed.sample(every, min(options.sample or len(every), len(every)))
+        if options.only:
+            chosen = [m for m in chosen if options.only in f"{m.file}:{m.scope}"]
+        chosen.sort(key=lambda mutant: mutant.file, reverse=True)  # what is compiled stays so
+        equal = [m for m in chosen if explanation(m, EXPLAINED)]
+        to_run = [m for m in chosen if not explanation(m, EXPLAINED)]
+        print(
+            f"{len(every)} mutants, {len(chosen)} chosen with seed {options.seed}, "
+            f"{len(equal)} of them explained as equal",
+            flush=True,
+        )
+        done = []
+        for verdict in verdicts(to_run, options.workers):
+            done.append(verdict)
+            _say(verdict, len(done), len(to_run))
+        found = summary(done, equal)
+        if options.json:
+            write_json(Path(options.json), circumstances("-m parity_tests.score", "cpu") | found)
+        print(json.dumps({key: found[key] for key in ("all", "caught", "located")}))
+        return 1 if found["survivors"] else 0
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m parity_tests.score", description=__doc__)
+    parser.add_argument("--sample", type=int, help="so many at random; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--only", help="those whose file:scope holds this")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--json", help="also write the result to this file")
+    options = parser.parse_args(args)
+    if options.workers < 1:
+        raise UserError(f"workers={options.workers}: must be at least 1")
+    if options.sample is not None and options.sample < 1:
+        raise UserError(f"sample={options.sample}: must be at least 1")
+    return options
+
+
+def _say(verdict: Verdict, index: int, of: int) -> None:
+    state = "located" if verdict.located else "caught" if verdict.caught else "SURVIVES"
+    mutant = verdict.mutant
+    place = f"{mutant.file}:{mutant.line} {mutant.scope}"
+    print(f"{index}/{of} {state:9}{verdict.seconds:6.1f} s  {place}: {mutant.operator}", flush=True)
+    if state != "located":
+        print(mutant.diff, f"-> {verdict.words}"[:300], sep="\n", flush=True)
+
+
+def summary(done: list[Verdict], equal: list[Mutant]) -> dict[str, Any]:
+    """Counts of all, by operator and by file, and each survivor's diff."""
+    counts: dict[str, Any] = _count(done) | {"explained": len(equal)}
+    for name in ("operator", "file"):
+        keys = sorted({getattr(v.mutant, name) for v in done})
+        counts[f"by {name}"] = {
+            key: _count([v for v in done if getattr(v.mutant, name) == key]) for key in keys
+        }
+    counts["survivors"] = [_place(v.mutant) for v in done if not v.caught]
+    counts["explained as equal"] = [_place(m) | {"why": explanation(m, EXPLAINED)} for m in equal]
+    counts["caught elsewhere"] = [
+        _place(v.mutant) | {"found": v.words[:200]} for v in done if v.caught and not v.located
+    ]
+    return counts
+
+
+def _count(some: list[Verdict]) -> dict[str, int]:
+    return {
+        "all": len(some),
+        "caught": sum(v.caught for v in some),
+        "located": sum(v.located for v in some),
+    }
+
+
+def _place(mutant: Mutant) -> dict[str, str]:
+    return {"place": f"{mutant.file}:{mutant.line} {mutant.scope}", "diff": mutant.diff}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
