@@ -1,0 +1,150 @@
+"""The JAX side: jitted passes forward and backward, and the update."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from portproof import taps
+from portproof.leaves import flat, unflat
+from portproof.port import BadInput, Pass, Port, as_arrays, stops, to_jax
+
+
+class JaxSide:
+    """The function in one dtype, its weights, and the programs made of it."""
+
+    def __init__(
+        self,
+        port: Port,
+        dtype: str,
+        leaves: Mapping[str, np.ndarray],
+        wanted: frozenset[str],
+        masked: frozenset[str],
+    ):
+        self.port, self.dtype, self.wanted, self.masked = port, dtype, wanted, masked
+        self.leaves = {path: leaf.astype(dtype) for path, leaf in leaves.items()}
+        self._programs: dict[tuple, Any] = {}
+
+    @contextlib.contextmanager
+    def exactly(self) -> Iterator[None]:
+        with (
+            jax.enable_x64(self.dtype == "float64"),
+            jax.default_matmul_precision("highest"),
+        ):
+            yield
+
+    def run(self, train: bool) -> tuple[Pass, taps.Recorder]:
+        """One pass forward, for values and masks, and one backward, for gradients."""
+        loss, forward = self._call("forward", train)
+        (_, (gradients, _)), backward = self._call("backward", train)
+        found = Pass(forward.values, {}, np.asarray(loss), _arrays(gradients))
+        for name, values in forward.values.items():
+            came = backward.gradients.get(name, [])[::-1] or [np.zeros_like(v) for v in values]
+            if len(came) != len(values):
+                raise BadInput(
+                    f"JAX's tap {name} is reached {len(values)} times forward and {len(came)} "
+                    "times backward; tap what every call hands on"
+                )
+            found.gradients[name] = came
+        return found, forward
+
+    def loss(self, seed: int, train: bool) -> np.ndarray:
+        """The loss by one key."""
+        return np.asarray(self._call("forward", train, seed)[0])
+
+    def _call(self, doing: str, train: bool, seed: int = 0) -> tuple[Any, taps.Recorder]:
+        recorder = taps.Recorder(self.wanted | {"logits"}, self.masked)
+        if (doing, train) not in self._programs:
+            function = functools.partial(self._loss, deterministic=not train)
+            backward = jax.value_and_grad(function, argnums=(0, 1))
+            program = backward if doing == "backward" else function
+            self._programs[doing, train] = jax.jit(program)
+        with self.exactly(), stops("JAX", doing, recorder.running), taps.recording(recorder):
+            result = self._programs[doing, train](*self._inputs(seed))
+            return jax.block_until_ready(result), recorder
+
+    def _inputs(self, seed: int = 0) -> tuple:
+        params = unflat({p: to_jax(leaf) for p, leaf in self.leaves.items()}, self.port.params)
+        zero = jnp.zeros((), self.dtype)
+        return params, zero, as_arrays(self.port.batch, self.dtype, to_jax), jax.random.key(seed)
+
+    def _loss(self, params: Any, zero: Any, batch: Any, key: Any, deterministic: bool) -> Any:
+        taps.differentiate(zero)
+        logits = self.port.jax_model(params, batch, key, deterministic)
+        if logits.dtype != self.dtype:
+            raise BadInput(
+                f"JAX's logits are {logits.dtype} with {self.dtype} weights; let the model take "
+                "its dtype from its parameters"
+            )
+        return self.port.losses[0](taps.tap("logits", logits), batch)
+
+    def require_wide(self) -> None:
+        """In float64 nothing may be rounded to less.
+
+        Raises:
+          BadInput: naming the line that does.
+        """
+        recorder = taps.Recorder(frozenset())
+        with self.exactly(), stops("JAX", "forward", recorder.running), taps.recording(recorder):
+            function = functools.partial(self._loss, deterministic=True)
+            jaxpr = jax.make_jaxpr(function)(*self._inputs())
+        for equation in _equations(jaxpr.jaxpr):
+            if equation.primitive.name != "convert_element_type":
+                continue
+            before, after = equation.invars[0].aval.dtype, equation.params["new_dtype"]
+            if before == jnp.float64 and after in (jnp.float32, jnp.bfloat16, jnp.float16):
+                raise BadInput(
+                    f"JAX rounds float64 to {np.dtype(after)} at {_line(equation)}; let the model "
+                    "compute in its parameters' dtype, or in jnp.promote_types(x.dtype, "
+                    "jnp.float32)"
+                )
+
+    def updates(self) -> "Updates":
+        return Updates(self)
+
+
+class Updates:
+    """Steps of optax; its scalars are float64, as PyTorch's are."""
+
+    def __init__(self, side: JaxSide):
+        self.side = side
+        self._step = jax.jit(self._update)
+        with jax.enable_x64(True):
+            self.state = side.port.optimizers[0].init(self._tree(side.leaves))
+
+    def _tree(self, leaves: Mapping[str, Any]) -> Any:
+        return unflat({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, self.side.port.params)
+
+    def step(self, gradients: Mapping[str, np.ndarray]) -> None:
+        with jax.enable_x64(True), stops("JAX", "update"):
+            leaves, self.state = self._step(gradients, self.state, self.side.leaves)
+        self.side.leaves = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+    def _update(self, gradients: Any, state: Any, leaves: Any) -> Any:
+        params = self._tree(leaves)
+        changes, state = self.side.port.optimizers[0].update(self._tree(gradients), state, params)
+        return flat(optax.apply_updates(params, changes)), state
+
+
+def _arrays(tree: Any) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flat(tree).items()}
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def _line(equation: Any) -> str:
+    """The innermost line outside the libraries: model.py:33 (norm)."""
+    lines = str(equation.source_info.traceback).splitlines()
+    own = [line for line in lines if "site-packages" not in line]
+    return own[0].rpartition("/")[2] if own else "an unknown line"

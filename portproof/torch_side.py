@@ -1,0 +1,266 @@
+"""The PyTorch side: hooks at modules, and a mode that sees functions, drops by given masks, widens.
+
+Float64 means float64 throughout: where a model asks for float32 by name (many compute a norm or a
+softmax so), the mode gives it float64.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from portproof.port import BadInput, Pass, Port, as_arrays, stops, to_torch
+
+Masks = Mapping[str, Sequence[np.ndarray]]
+
+
+class Share:
+    """How much one site dropped of what it could."""
+
+    def __init__(self, rate: float):
+        self.dropped, self.n, self.rate = 0, 0, rate
+
+    def count(self, could: Any, did: Any) -> None:
+        self.dropped += int(did.sum())
+        self.n += int(could.sum())
+
+    def deviations(self) -> float:
+        """The share's distance from the rate in standard deviations of a fair draw."""
+        if not self.n:
+            return math.inf
+        spread = math.sqrt(self.rate * (1 - self.rate) / self.n)
+        return abs(self.dropped / self.n - self.rate) / spread
+
+
+class Listener(TorchFunctionMode):
+    """One pass of the model: where it is, what is tapped there, and its dropout."""
+
+    def __init__(self, model: torch.nn.Module, wanted: set[str], masks: Masks | None, wide: bool):
+        super().__init__()
+        self.model, self.wanted, self.wide = model, wanted, wide
+        self.masks = None if masks is None else {site: iter(m) for site, m in masks.items()}
+        self.found = Pass()
+        self.shares: dict[str, Share] = {}
+        self.running = [""]
+        self.calls: list[Counter] = [Counter()]  # of functions, in each running module
+        self.seen: set[str] = set()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        hooks = []
+        for path, module in self.model.named_modules():
+            hooks += [
+                module.register_forward_pre_hook(self._enter(path)),
+                module.register_forward_hook(self._leave(path)),
+            ]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def tap(self, name: str, x: Any) -> Any:
+        self.seen.add(name)
+        if name not in self.wanted or not torch.is_tensor(x) or not x.is_floating_point():
+            return x
+        return _Tap.apply(x, name, self.found)
+
+    def _enter(self, path: str) -> Callable:
+        def hook(module: Any, args: tuple) -> tuple:
+            self.running.append(path)
+            self.calls.append(Counter())
+            return tuple(self.tap(f"{path}:in{i}", x) for i, x in enumerate(args))
+
+        return hook
+
+    def _leave(self, path: str) -> Callable:
+        def hook(module: Any, args: tuple, result: Any) -> Any:
+            self.running.pop()
+            self.calls.pop()
+            if isinstance(result, tuple):
+                return tuple(self.tap(f"{path}:out{i}", x) for i, x in enumerate(result))
+            return self.tap(path, result)
+
+        return hook
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.wide:
+            func, args, kwargs = _widened(func, args, kwargs)
+        path, calls = self.running[-1], self.calls[-1]
+        name = getattr(func, "__name__", "")
+        call = f"{path}>{name}" + (f"#{calls[name]}" if calls[name] else "")
+        calls[name] += 1
+        args = tuple(self.tap(f"{call}:in{i}", x) for i, x in enumerate(args))
+        if func is F.dropout:
+            return self.tap(call, self._dropout(path, *args, **kwargs))
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            return self.tap(call, self._attention(path, *args, **kwargs))
+        return self.tap(call, func(*args, **kwargs))
+
+    # ---- dropout --------------------------------------------------------------------------------
+
+    def _dropout(
+        self, path: str, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Any:
+        if not training or p == 0:
+            return x
+        if self.masks is None:
+            result = F.dropout(x, p, True)
+            self._count(path, x, result, p)
+            return result
+        return x * self._mask(path, x) / (1 - p)
+
+    def _attention(
+        self, path: str, q: Any, k: Any, v: Any, attn_mask: Any = None, *, dropout_p: float, **more: Any
+    ) -> Any:
+        """By its definition, for the fused kernels take no mask."""
+        weights = _attention_weights(q, k, attn_mask, **more)
+        if self.masks is None:
+            dropped = F.dropout(weights, dropout_p)
+            self._count(path, weights, dropped, dropout_p)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, **more)
+        weights = weights * self._mask(path, weights) / (1 - dropout_p)
+        return weights @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+
+    def _count(self, path: str, x: torch.Tensor, result: torch.Tensor, rate: float) -> None:
+        share = self.shares.setdefault(path, Share(rate))
+        share.count(x != 0, (x != 0) & (result == 0))
+
+    def _mask(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        assert self.masks is not None
+        keep = next(self.masks.get(path, iter(())), None)
+        if keep is None:
+            raise BadInput(
+                f"PyTorch drops at {path or 'its root'} and JAX has no (further) mask for it; "
+                f"the masks given are of {', '.join(self.masks) or 'no place'}"
+            )
+        if keep.shape != tuple(x.shape):
+            raise BadInput(
+                f"the mask of {path} is {list(keep.shape)} and PyTorch drops of {list(x.shape)}; "
+                "name another site or give the row a function that joins JAX's masks"
+            )
+        return to_torch(keep != 0).to(x.dtype)
+
+
+def _attention_weights(
+    q: Any, k: Any, mask: Any, is_causal: bool = False, scale: Any = None, enable_gqa: bool = False
+) -> Any:
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
+def _widened(func: Callable, args: Any, kwargs: Any) -> tuple:
+    if func is torch.Tensor.float:
+        func = torch.Tensor.double
+    wide = [torch.float64 if x is torch.float32 else x for x in args]
+    return func, wide, {k: torch.float64 if x is torch.float32 else x for k, x in kwargs.items()}
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; writes down its argument, then its gradient at the same place of the list."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, name: str, found: Pass) -> torch.Tensor:  # type: ignore[override]
+        values = found.values.setdefault(name, [])
+        ctx.place = found.gradients.setdefault(name, []), len(values)
+        array = x.detach().numpy().copy()
+        values.append(array)
+        ctx.place[0].append(np.zeros_like(array))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple:  # type: ignore[override]
+        gradients, i = ctx.place
+        gradients[i] = g.numpy().copy()
+        return g, None, None
+
+
+class TorchSide:
+    """The module in one dtype."""
+
+    def __init__(self, port: Port, dtype: str):
+        self.port, self.dtype = port, getattr(torch, dtype)
+        self.batch = as_arrays(port.batch, dtype, to_torch)
+        with stops("PyTorch", "made"), self._dtype():
+            with Listener(torch.nn.Module(), set(), None, self.is_wide):
+                self.model = port.torch_model()
+            self.model.to(self.dtype)
+
+    @property
+    def is_wide(self) -> bool:
+        return self.dtype == torch.float64
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def named(self, gradients: bool = False) -> dict[str, np.ndarray]:
+        """Its parameters (or their gradients, 0 where nothing came) by their names."""
+        named = self.parameters.items()
+        if not gradients:
+            return {name: p.detach().numpy().copy() for name, p in named}
+        return {
+            name: np.zeros(p.shape, str(p.dtype)[6:]) if p.grad is None else p.grad.numpy().copy()
+            for name, p in named
+        }
+
+    def load(self, named: Mapping[str, np.ndarray]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(to_torch(named[name]))
+
+    def run(
+        self, wanted: Iterable[str] = (), masks: Masks | None = None, train: bool = False
+    ) -> Listener:
+        """One pass forward and backward; without masks it draws its own."""
+        self.model.train(train)
+        self.model.zero_grad(set_to_none=True)
+        listener = Listener(self.model, {*wanted, "logits"}, masks, self.is_wide)
+        with self._dtype(), listener.listening():
+            with stops("PyTorch", "forward", listener.running):
+                logits = listener.tap("logits", self.port.forward(self.model, self.batch))
+            if logits.dtype != self.dtype:
+                raise BadInput(
+                    f"PyTorch's logits are {logits.dtype} with {self.dtype} weights; let the model "
+                    "compute in its weights' dtype"
+                )
+            with stops("PyTorch", "loss"):
+                loss = self.port.losses[1](logits, self.batch)
+        with stops("PyTorch", "backward"):
+            loss.backward()
+        listener.found.loss = loss.detach().numpy()
+        listener.found.leaves = self.named(gradients=True)
+        return listener
+
+    def optimizer(self) -> Any:
+        with stops("PyTorch", "optimizer"):
+            return self.port.optimizers[1](self.model.parameters())
+
+    def step(self, optimizer: Any) -> None:
+        with stops("PyTorch", "update"):
+            optimizer.step()
+
+    @contextlib.contextmanager
+    def _dtype(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
