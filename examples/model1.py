@@ -42,7 +42,7 @@ def port():
         ],
         taps=[("embedding", "0", "embed"), ("gelu", "1", "gelu"), ("head", "2", "head")],
         batch=portproof.tokens(3, 9, vocab=V),
-        optimizers=(optax.adamw(1e-3), lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=1e-4)),
+        optimizers=(optax.adamw(1e-3), lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=1e-4)),
     )
 
 

@@ -16,6 +16,10 @@ from portproof.leaves import flat, unflat
 from portproof.port import BadInput, Pass, Port, as_arrays, stops, to_jax
 
 
+# Half the time to compile: the same program with less of LLVM's polish.
+PLAIN = {"xla_backend_optimization_level": 0}
+
+
 class JaxSide:
     """The function in one dtype, its weights, and the programs made of it."""
 
@@ -33,11 +37,14 @@ class JaxSide:
 
     @contextlib.contextmanager
     def exactly(self) -> Iterator[None]:
-        with (
-            jax.enable_x64(self.dtype == "float64"),
-            jax.default_matmul_precision("highest"),
-        ):
-            yield
+        """For all threads: a callback of another one would round what it is handed."""
+        before = jax.config.jax_enable_x64
+        jax.config.update("jax_enable_x64", self.dtype == "float64")
+        try:
+            with jax.default_matmul_precision("highest"):
+                yield
+        finally:
+            jax.config.update("jax_enable_x64", before)
 
     def run(self, train: bool) -> tuple[Pass, taps.Recorder]:
         """One pass forward, for values and masks, and one backward, for gradients."""
@@ -64,7 +71,7 @@ class JaxSide:
             function = functools.partial(self._loss, deterministic=not train)
             backward = jax.value_and_grad(function, argnums=(0, 1))
             program = backward if doing == "backward" else function
-            self._programs[doing, train] = jax.jit(program)
+            self._programs[doing, train] = jax.jit(program, compiler_options=PLAIN)
         with self.exactly(), stops("JAX", doing, recorder.running), taps.recording(recorder):
             result = self._programs[doing, train](*self._inputs(seed))
             return jax.block_until_ready(result), recorder
@@ -114,7 +121,7 @@ class Updates:
 
     def __init__(self, side: JaxSide):
         self.side = side
-        self._step = jax.jit(self._update)
+        self._step = jax.jit(self._update, compiler_options=PLAIN)
         with jax.enable_x64(True):
             self.state = side.port.optimizers[0].init(self._tree(side.leaves))
 

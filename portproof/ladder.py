@@ -1,11 +1,13 @@
 """The ladder: leaves, taps forward, loss, taps backward, gradients, updates, dropout, the modes."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import torch
 
 from portproof.jax_side import JaxSide
 from portproof.leaves import flat, table
@@ -155,11 +157,11 @@ class Pair:
         return masks
 
     def require_masks(self, drops: Iterable[str]) -> None:
-        named = {mask.torch for mask in self.masks}
-        if named != set(drops):
+        named, drops = {mask.torch for mask in self.masks}, set(drops)
+        if named != drops:
             raise BadInput(
-                f"PyTorch drops at {_list(drops)}, and the table of masks names {_list(named)}; "
-                "mend it"
+                f"PyTorch drops at {_list(drops - named)} beyond the table of masks, which names "
+                f"{_list(named - drops)} beyond PyTorch; mend the table or a rate"
             )
 
     def require_deterministic(self) -> None:
@@ -256,13 +258,15 @@ def prove(port: Port, steps: int = 5, dtypes: Sequence[str] = ("float64", "float
       BadInput: the port cannot be measured as it is given.
     """
     jax.clear_caches()  # a program that was traced before holds no taps
+    torch.set_num_threads(1)  # of small models the threads only wait for each other
     report = Report([], steps)
     exact: dict[tuple, Comparison] = {}
     noise: dict[str, np.ndarray] = {}
     try:
         for dtype in dtypes if steps else ():
-            for found in Pair(port, dtype).climb(steps, noise):
-                report.rows.append(found if isinstance(found, Row) else _row(found, dtype, exact))
+            climb = Pair(port, dtype).climb(steps, noise)
+            for _, rung in itertools.groupby(climb, lambda found: found.rung):
+                report.rows += _rows(list(rung), dtype, exact)
             if not report.passed:
                 break
     except Stopped as stopped:
@@ -270,18 +274,27 @@ def prove(port: Port, steps: int = 5, dtypes: Sequence[str] = ("float64", "float
     return report
 
 
-def _row(found: Comparison, dtype: str, exact: dict[tuple, Comparison]) -> Row:
-    key = found.rung, found.place
-    ours, theirs = np.asarray(found.ours), np.asarray(found.theirs)
-    if ours.shape != theirs.shape:
-        note = f"JAX {list(ours.shape)}, PyTorch {list(theirs.shape)}"
-        return Row(found.rung, dtype, found.place, np.inf, 0.0, found.after, note)
+def _rows(rung: list, dtype: str, exact: dict[tuple, Comparison]) -> list[Row]:
+    if isinstance(rung[0], Row):
+        return rung
     if dtype == "float64":
-        exact[key] = found
-        error, tolerance, note = relative(ours, theirs), FLOAT64_TOLERANCE, ""
-    else:
-        wide = exact[key]
-        own = relative(ours, wide.ours), relative(theirs, wide.theirs)
-        error, tolerance = own_rounding(*own)
-        note = "JAX rounds {:.1e}, PyTorch {:.1e}".format(*own)
-    return Row(found.rung, dtype, found.place, error, tolerance, found.after, note)
+        exact |= {(found.rung, found.place): found for found in rung}
+        return [
+            _row(found, dtype, relative(found.ours, found.theirs), FLOAT64_TOLERANCE)
+            for found in rung
+        ]
+    wide = [exact[found.rung, found.place] for found in rung]
+    ours = np.array([relative(a.ours, b.ours) for a, b in zip(rung, wide, strict=True)])
+    theirs = np.array([relative(a.theirs, b.theirs) for a, b in zip(rung, wide, strict=True)])
+    laws = zip(rung, *own_rounding(ours, theirs), ours, theirs, strict=True)
+    return [
+        _row(found, dtype, error, tolerance, f"JAX rounds {a:.1e}, PyTorch {b:.1e}")
+        for found, error, tolerance, a, b in laws
+    ]
+
+
+def _row(found: Comparison, dtype: str, error: float, tolerance: float, note: str = "") -> Row:
+    ours, theirs = found.ours.shape, found.theirs.shape
+    if ours != theirs:
+        note = f"JAX {list(ours)}, PyTorch {list(theirs)}"
+    return Row(found.rung, dtype, found.place, float(error), float(tolerance), found.after, note)

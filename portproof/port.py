@@ -70,7 +70,7 @@ class Port:
         JAX draws several masks for one call there a function that joins the list.
       forward: (PyTorch's module, batch) -> logits.
       losses: JAX's and PyTorch's (logits, batch) -> loss.
-      optimizers: optax's, and a function of PyTorch's parameters that makes its own.
+      optimizers: optax's, and a function that makes the one of PyTorch's module.
     """
 
     torch_model: Callable[[], torch.nn.Module]

@@ -20,16 +20,21 @@ def relative(found: np.ndarray, expected: np.ndarray, scale: np.ndarray | None =
     return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
 
 
-def own_rounding(jax: float, torch: float) -> tuple[float, float]:
-    """(error, tolerance) of the law of float32, from each side's distance from its float64 self.
+def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(errors, tolerances) of a rung, from each side's distances from its own float64 self.
 
     In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
-    errors, whatever these are. What is left to prove is that neither rounds more than the other:
-    the larger may be at most FACTOR times the smaller, or FACTOR times FLOOR, a few last bits.
+    errors, whatever these are. What is left to prove is that neither side rounds more than the
+    other: at most FACTOR times the other's error at the same place, or over the whole rung (root
+    mean square, for at one place chance rules), or FLOOR, a few last bits.
     """
-    return max(jax, torch) if jax == jax and torch == torch else np.nan, FACTOR * max(
-        min(jax, torch), FLOOR
-    )
+    excess = []
+    for own, other in ((jax, torch), (torch, jax)):
+        allowed = FACTOR * np.maximum(np.maximum(other, np.sqrt(np.mean(other**2))), FLOOR)
+        excess.append((own, allowed))
+    (a, a_allowed), (b, b_allowed) = excess
+    worse = ~(a / a_allowed < b / b_allowed)  # NaN is worse
+    return np.where(worse, a, b), np.where(worse, a_allowed, b_allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +94,12 @@ class Report:
         return "; ".join(filter(None, (first, stop))) or "equal at every place"
 
     def __str__(self) -> str:
-        lines = [f"{'rung':18}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
+        lines = [f"{'rung':21}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
         for (rung, dtype), rows in self.groups().items():
             worst = max(rows, key=lambda row: _sortable(row.error / (row.tolerance or 1e-300)))
             differ = sum(not row.passed for row in rows)
             lines.append(
-                f"{rung:18}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
+                f"{rung:21}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
                 f"{worst.tolerance:.1e}, {worst.place}"
             )
         for dtype, errors in self.drift().items():

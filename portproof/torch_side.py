@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from portproof.port import BadInput, Pass, Port, as_arrays, stops, to_torch
 
+DROPOUT, ATTENTION = F.dropout, F.scaled_dot_product_attention
 Masks = Mapping[str, Sequence[np.ndarray]]
 
 
@@ -101,9 +102,9 @@ class Listener(TorchFunctionMode):
         call = f"{path}>{name}" + (f"#{calls[name]}" if calls[name] else "")
         calls[name] += 1
         args = tuple(self.tap(f"{call}:in{i}", x) for i, x in enumerate(args))
-        if func is F.dropout:
+        if func is DROPOUT:
             return self.tap(call, self._dropout(path, *args, **kwargs))
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
+        if func is ATTENTION and kwargs.get("dropout_p"):
             return self.tap(call, self._attention(path, *args, **kwargs))
         return self.tap(call, func(*args, **kwargs))
 
@@ -115,7 +116,7 @@ class Listener(TorchFunctionMode):
         if not training or p == 0:
             return x
         if self.masks is None:
-            result = F.dropout(x, p, True)
+            result = DROPOUT(x, p, True)
             self._count(path, x, result, p)
             return result
         return x * self._mask(path, x) / (1 - p)
@@ -126,9 +127,9 @@ class Listener(TorchFunctionMode):
         """By its definition, for the fused kernels take no mask."""
         weights = _attention_weights(q, k, attn_mask, **more)
         if self.masks is None:
-            dropped = F.dropout(weights, dropout_p)
+            dropped = DROPOUT(weights, dropout_p)
             self._count(path, weights, dropped, dropout_p)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, **more)
+            return ATTENTION(q, k, v, attn_mask, dropout_p, **more)
         weights = weights * self._mask(path, weights) / (1 - dropout_p)
         return weights @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
 
@@ -250,7 +251,7 @@ class TorchSide:
 
     def optimizer(self) -> Any:
         with stops("PyTorch", "optimizer"):
-            return self.port.optimizers[1](self.model.parameters())
+            return self.port.optimizers[1](self.model)
 
     def step(self, optimizer: Any) -> None:
         with stops("PyTorch", "update"):

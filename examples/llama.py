@@ -1,0 +1,86 @@
+"""A Llama in Flax NNX (Touvron et al. 2023), and transformers' LlamaForCausalLM, random weights.
+
+    python examples/llama.py [--fault NAME] [--html FILE]
+"""
+
+from unittest import mock
+
+import jax
+import llama_nnx
+import optax
+import torch
+from flax import nnx
+from llama_nnx import Config, Llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import portproof
+
+CONFIG = Config(V=61, D=24, H=4, G=2, K=6, F=40, N=2)
+graph, PARAMS = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, nnx.Rngs(0))))
+
+
+def apply(params, tokens_BxL, key, deterministic):
+    model = portproof.watch(nnx.merge(graph, params))
+    return model(tokens_BxL, None if deterministic else nnx.Rngs(dropout=key))
+
+
+def theirs():
+    c = CONFIG
+    config = LlamaConfig(
+        vocab_size=c.V, hidden_size=c.D, intermediate_size=c.F, num_hidden_layers=c.N,
+        num_attention_heads=c.H, num_key_value_heads=c.G, head_dim=c.K, attention_dropout=0.1,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+LAYER = "model.layers.{i}"
+ATTENTION = f"{LAYER}.self_attn"
+
+
+def port():
+    return portproof.Port(
+        torch_model=theirs,
+        jax_model=apply,
+        params=PARAMS,
+        leaves=[
+            ("model.embed_tokens.weight", "embed/embedding"),
+            (f"{LAYER}.input_layernorm.weight", "layers/{i}/norm_1/scale"),
+            ([f"{ATTENTION}.{n}_proj.weight" for n in "qkv"], "layers/{i}/attn/qkv/kernel.T"),
+            (f"{ATTENTION}.o_proj.weight", "layers/{i}/attn/out/kernel.T"),
+            (f"{LAYER}.post_attention_layernorm.weight", "layers/{i}/norm_2/scale"),
+            (
+                [f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"],
+                "layers/{i}/gate_up/kernel.T",
+            ),
+            (f"{LAYER}.mlp.down_proj.weight", "layers/{i}/down/kernel.T"),
+            ("model.norm.weight", "norm/scale"),
+            ("lm_head.weight", "head/kernel.T"),
+        ],
+        taps=[
+            ("embedding", "model.embed_tokens", "embed"),
+            ("layer {i}: norm 1", f"{LAYER}.input_layernorm", "layers/{i}/norm_1"),
+            ("layer {i}: rotated q", f"{ATTENTION}>matmul:in0", "rotated q"),
+            ("layer {i}: weights", f"{ATTENTION}>softmax", "weights"),
+            ("layer {i}: attention", f"{ATTENTION}.o_proj:in0", "layers/{i}/attn/out:in0"),
+            ("layer {i}: out", f"{ATTENTION}.o_proj", "layers/{i}/attn/out"),
+            ("layer {i}: norm 2", f"{LAYER}.post_attention_layernorm", "layers/{i}/norm_2"),
+            ("layer {i}: SwiGLU", f"{LAYER}.mlp.down_proj:in0", "layers/{i}/down:in0"),
+            ("layer {i}: output", LAYER, "layers/{i}"),
+            ("norm", "model.norm", "norm"),
+        ],
+        masks=[(ATTENTION, "layers/{i}/attn/drop")],
+        batch=portproof.tokens(3, 9, vocab=CONFIG.V),
+        forward=lambda module, tokens_BxL: module(tokens_BxL, use_cache=False).logits,
+        optimizers=(optax.adam(1e-3), lambda m: torch.optim.Adam(m.parameters(), 1e-3)),
+    )
+
+
+FAULTS = {
+    "pairs": lambda: mock.patch.object(llama_nnx, "rotate", llama_nnx.rotate_pairs),
+    "gelu": lambda: mock.patch.object(nnx, "silu", jax.nn.gelu),
+    "groups": lambda: mock.patch.object(llama_nnx, "REPEAT", jax.numpy.tile),
+}
+
+if __name__ == "__main__":
+    portproof.main(port, FAULTS)
