@@ -1,6 +1,6 @@
 """Model 5's JAX code as a GPT-2, and transformers' GPT2LMHeadModel with random weights.
 
-    python examples/gpt2.py [--fault NAME] [--html FILE]
+python examples/gpt2.py [--fault NAME] [--html FILE]
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """A Llama in Flax NNX (Touvron et al. 2023), and transformers' LlamaForCausalLM, random weights.
 
-    python examples/llama.py [--fault NAME] [--html FILE]
+python examples/llama.py [--fault NAME] [--html FILE]
 """
 
 from unittest import mock
@@ -44,7 +44,7 @@ def port():
         jax_model=apply,
         params=PARAMS,
         leaves=[
-            ("model.embed_tokens.weight", "embed/embedding"),
+            ("model.embed_tokens.weight", "embed"),
             (f"{LAYER}.input_layernorm.weight", "layers/{i}/norm_1/scale"),
             ([f"{ATTENTION}.{n}_proj.weight" for n in "qkv"], "layers/{i}/attn/qkv/kernel.T"),
             (f"{ATTENTION}.o_proj.weight", "layers/{i}/attn/out/kernel.T"),
@@ -58,7 +58,7 @@ def port():
             ("lm_head.weight", "head/kernel.T"),
         ],
         taps=[
-            ("embedding", "model.embed_tokens", "embed"),
+            ("embedding", "model.embed_tokens", "embedding"),
             ("layer {i}: norm 1", f"{LAYER}.input_layernorm", "layers/{i}/norm_1"),
             ("layer {i}: rotated q", f"{ATTENTION}>matmul:in0", "rotated q"),
             ("layer {i}: weights", f"{ATTENTION}>softmax", "weights"),
@@ -76,10 +76,19 @@ def port():
     )
 
 
+def rotate_neighbours(x_BxHxLxK):
+    """The papers' pairs, features 0 and 1, 2 and 3, ...; transformers' are half a head apart."""
+    halves = jax.numpy.concatenate([x_BxHxLxK[..., ::2], x_BxHxLxK[..., 1::2]], axis=-1)
+    return rotate(halves)
+
+
+rotate = llama_nnx.rotate
 FAULTS = {
-    "pairs": lambda: mock.patch.object(llama_nnx, "rotate", llama_nnx.rotate_pairs),
-    "gelu": lambda: mock.patch.object(nnx, "silu", jax.nn.gelu),
-    "groups": lambda: mock.patch.object(llama_nnx, "REPEAT", jax.numpy.tile),
+    "pairs": lambda: mock.patch.object(llama_nnx, "rotate", rotate_neighbours),
+    "groups": lambda: mock.patch.object(
+        llama_nnx, "repeat", lambda x_BxGxLxK, n: jax.numpy.tile(x_BxGxLxK, (1, n, 1, 1))
+    ),
+    "gelu": lambda: mock.patch.object(nnx, "silu", nnx.gelu),
 }
 
 if __name__ == "__main__":

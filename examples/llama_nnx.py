@@ -32,6 +32,11 @@ def rotate(x_BxHxLxK):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def repeat(x_BxGxLxK, times):
+    """Each head of keys or values for as many neighbouring heads of queries."""
+    return jnp.repeat(x_BxGxLxK, times, axis=1)
+
+
 def linear(n_in, n_out, rngs):
     return nnx.Linear(n_in, n_out, use_bias=False, rngs=rngs)
 
@@ -48,8 +53,8 @@ class Attention(nnx.Module):
         heads_BxSxLxK = self.qkv(x_BxLxD).reshape(B, L, -1, c.K).swapaxes(1, 2)  # S is H + 2 G
         q_BxHxLxK, k_BxGxLxK, v_BxGxLxK = jnp.split(heads_BxSxLxK, [c.H, c.H + c.G], axis=1)
         q_BxHxLxK = portproof.tap("rotated q", rotate(q_BxHxLxK))
-        k_BxHxLxK = jnp.repeat(rotate(k_BxGxLxK), c.H // c.G, axis=1)
-        v_BxHxLxK = jnp.repeat(v_BxGxLxK, c.H // c.G, axis=1)
+        k_BxHxLxK = repeat(rotate(k_BxGxLxK), c.H // c.G)
+        v_BxHxLxK = repeat(v_BxGxLxK, c.H // c.G)
         scores_BxHxLxL = q_BxHxLxK @ k_BxHxLxK.mT / c.K**0.5
         past_LxL = jnp.tril(jnp.ones((L, L), bool))
         weights_BxHxLxL = jax.nn.softmax(jnp.where(past_LxL, scores_BxHxLxL, -jnp.inf))
@@ -75,13 +80,14 @@ class Layer(nnx.Module):
 
 class Llama(nnx.Module):
     def __init__(self, c, rngs):
-        self.embed = nnx.Embed(c.V, c.D, rngs=rngs)
+        # nnx.Embed rounds to the dtype that its table had when it was made.
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), (c.V, c.D)))
         self.layers = nnx.List([Layer(c, rngs) for _ in range(c.N)])
         self.norm = nnx.RMSNorm(c.D, epsilon=1e-5, rngs=rngs)
         self.head = linear(c.D, c.V, rngs)
 
     def __call__(self, tokens_BxL, rngs):
-        x_BxLxD = self.embed(tokens_BxL)
+        x_BxLxD = portproof.tap("embedding", self.embed[tokens_BxL])
         for layer in self.layers:
             x_BxLxD = layer(x_BxLxD, rngs)
         return self.head(self.norm(x_BxLxD))

@@ -1,6 +1,6 @@
 """The lessons' Model 1 (lessons/06_model1.py), in Flax and in PyTorch: an embedding, GELU, a head.
 
-    python examples/model1.py [--fault NAME] [--html FILE]
+python examples/model1.py [--fault NAME] [--html FILE]
 """
 
 from unittest import mock
@@ -42,7 +42,10 @@ def port():
         ],
         taps=[("embedding", "0", "embed"), ("gelu", "1", "gelu"), ("head", "2", "head")],
         batch=portproof.tokens(3, 9, vocab=V),
-        optimizers=(optax.adamw(1e-3), lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=1e-4)),
+        optimizers=(
+            optax.adamw(1e-3),
+            lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=1e-4),
+        ),
     )
 
 

@@ -1,6 +1,6 @@
 """Model 5 (jax_model5, scanned trunk) and its PyTorch reference, on all positions.
 
-    python examples/model5.py [--fault NAME] [--html FILE]
+python examples/model5.py [--fault NAME] [--html FILE]
 """
 
 from functools import partial

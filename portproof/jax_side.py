@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from portproof.leaves import flat, unflat
 from portproof.port import BadInput, Pass, Port, as_arrays, stops, to_jax
 
 
+HERE = str(Path(__file__).parent)
 # Half the time to compile: the same program with less of LLVM's polish.
 PLAIN = {"xla_backend_optimization_level": 0}
 
@@ -126,7 +128,9 @@ class Updates:
             self.state = side.port.optimizers[0].init(self._tree(side.leaves))
 
     def _tree(self, leaves: Mapping[str, Any]) -> Any:
-        return unflat({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, self.side.port.params)
+        return unflat(
+            {path: jnp.asarray(leaf) for path, leaf in leaves.items()}, self.side.port.params
+        )
 
     def step(self, gradients: Mapping[str, np.ndarray]) -> None:
         with jax.enable_x64(True), stops("JAX", "update"):
@@ -153,5 +157,5 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def _line(equation: Any) -> str:
     """The innermost line outside the libraries: model.py:33 (norm)."""
     lines = str(equation.source_info.traceback).splitlines()
-    own = [line for line in lines if "site-packages" not in line]
+    own = [line for line in lines if "site-packages" not in line and HERE not in line]
     return own[0].rpartition("/")[2] if own else "an unknown line"

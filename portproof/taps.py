@@ -17,9 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-DROPPED, KEPT, UNKNOWN = range(3)
-"""A mask's elements; a dropout module's output does not tell where its input was 0."""
-
 
 @dataclasses.dataclass
 class Recorder:
@@ -130,15 +127,29 @@ def _module(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
     args = tuple(
         tap(f"{path}:in{i}", x) if isinstance(x, jax.Array) else x for i, x in enumerate(args)
     )
-    result = call(*args, **kwargs)
+    result = (_dropout if path in _recorder.masked else _plain)(path, call, args, kwargs)
     if isinstance(result, tuple):
         result = tuple(
             tap(f"{path}:out{i}", x) if isinstance(x, jax.Array) else x
             for i, x in enumerate(result)
         )
     elif isinstance(result, jax.Array):
-        if path in _recorder.masked:
-            mask(path, jnp.where(args[0] == 0, UNKNOWN, jnp.where(result == 0, DROPPED, KEPT)))
         result = tap(path, result)
     _recorder.running.pop()
     return result
+
+
+def _plain(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
+    return call(*args, **kwargs)
+
+
+def _dropout(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
+    """The call with its mask written down, which its output tells where its input is not 0.
+
+    So 1 is put there for the call, and taken out again; neither has a gradient.
+    """
+    x, *more = args
+    one = jax.lax.stop_gradient(jnp.where(x == 0, 1, 0).astype(x.dtype))
+    result = call(x + one, *more, **kwargs)
+    mask(path, result != 0)
+    return result - jax.lax.stop_gradient(result) * one

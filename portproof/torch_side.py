@@ -122,7 +122,15 @@ class Listener(TorchFunctionMode):
         return x * self._mask(path, x) / (1 - p)
 
     def _attention(
-        self, path: str, q: Any, k: Any, v: Any, attn_mask: Any = None, *, dropout_p: float, **more: Any
+        self,
+        path: str,
+        q: Any,
+        k: Any,
+        v: Any,
+        attn_mask: Any = None,
+        *,
+        dropout_p: float,
+        **more: Any,
     ) -> Any:
         """By its definition, for the fused kernels take no mask."""
         weights = _attention_weights(q, k, attn_mask, **more)
