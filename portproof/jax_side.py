@@ -35,6 +35,7 @@ class JaxSide:
     ):
         self.port, self.dtype, self.wanted, self.masked = port, dtype, wanted, masked
         self.leaves = {path: leaf.astype(dtype) for path, leaf in leaves.items()}
+        self.seen: set[str] = set()
         self._programs: dict[tuple, Any] = {}
 
     @contextlib.contextmanager
@@ -68,15 +69,19 @@ class JaxSide:
         return np.asarray(self._call("forward", train, seed)[0])
 
     def _call(self, doing: str, train: bool, seed: int = 0) -> tuple[Any, taps.Recorder]:
-        recorder = taps.Recorder(self.wanted | {"logits"}, self.masked)
-        if (doing, train) not in self._programs:
-            function = functools.partial(self._loss, deterministic=not train)
-            backward = jax.value_and_grad(function, argnums=(0, 1))
-            program = backward if doing == "backward" else function
-            self._programs[doing, train] = jax.jit(program, compiler_options=PLAIN)
+        recorder = taps.Recorder(self.wanted, self.masked, seen=self.seen)
         with self.exactly(), stops("JAX", doing, recorder.running), taps.recording(recorder):
-            result = self._programs[doing, train](*self._inputs(seed))
-            return jax.block_until_ready(result), recorder
+            inputs = self._inputs(seed)
+            if (doing, train) not in self._programs:
+                self._programs[doing, train] = self._compiled(doing, train, inputs)
+            return jax.block_until_ready(self._programs[doing, train](*inputs)), recorder
+
+    def _compiled(self, doing: str, train: bool, inputs: tuple) -> Any:
+        function = functools.partial(self._loss, deterministic=not train)
+        if doing == "backward":
+            function = jax.value_and_grad(function, argnums=(0, 1))
+        jax.clear_caches()  # what was traced before has no taps, or those of another trace
+        return jax.jit(function).lower(*inputs).compile(PLAIN)
 
     def _inputs(self, seed: int = 0) -> tuple:
         params = unflat({p: to_jax(leaf) for p, leaf in self.leaves.items()}, self.port.params)

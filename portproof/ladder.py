@@ -1,11 +1,9 @@
 """The ladder: leaves, taps forward, loss, taps backward, gradients, updates, dropout, the modes."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import torch
 
@@ -15,13 +13,14 @@ from portproof.port import BadInput, Pass, Port, Stopped, nearest, numbers
 from portproof.report import FLOAT64_TOLERANCE, Report, Row, own_rounding, relative
 from portproof.torch_side import Share, TorchSide
 
-LANDINGS = ("1 leaves", "5 gradients", "6 updates", "7 dropout, gradients")
+PLAIN = ("2 taps forward", "3 loss", "4 taps backward", "5 gradients")
+DROPOUT = tuple(f"7 dropout, {part}" for part in ("forward", "loss", "backward", "gradients"))
+LANDINGS = ("1 leaves", PLAIN[-1], "6 updates", DROPOUT[-1])
 DEVIATIONS = 5.0
 """How many standard deviations a share of dropped elements may be from the rate."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Tap:
+class Tap(NamedTuple):
     """A row of the table, spelled out; `call` counts where JAX's side is stacked."""
 
     name: str
@@ -31,117 +30,110 @@ class Tap:
     function: Callable | None
 
 
-def spelled(rows: Sequence[tuple], paths: Iterable[str]) -> list[Tap]:
-    """The rows of taps or masks with every `{i}` spelled out; masks have no name of their own."""
-
-    def module(place: str) -> str:
-        return place.partition(":")[0].partition(">")[0]
-
-    paths = list(paths)
-    places = {row[1] for row in rows}
-    found = []
-    for name, theirs, ours, *function in rows:
-        layers: Sequence[int] = [0]
-        if "{i}" in theirs:
-            i_of = lambda i: theirs.replace("{i}", str(i)) not in places  # noqa: E731, B023
-            layers = [i for i in numbers(module(theirs), paths, set()) if i_of(i)] or [0]
-        for i in layers:
-            call = 0 if "{i}" in ours else layers.index(i)
-            texts = [text.replace("{i}", str(i)) for text in (name, theirs, ours)]
-            found.append(Tap(*texts, call, *(function or [None])))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The same thing of both sides; `after` is the place that was compared before it."""
+class Comparison(NamedTuple):
+    """One thing of both sides, and what it is in float64; `after` was compared before it."""
 
     rung: str
     place: str
     ours: np.ndarray
     theirs: np.ndarray
+    exact: np.ndarray
     after: str = ""
 
 
-class Pair:
-    """Both sides in one dtype on the same weights."""
+def spelled(rows: Sequence[tuple], modules: Sequence[str]) -> list[Tap]:
+    """The rows with every `{i}` spelled out."""
+    literal, found = {row[1] for row in rows}, []
+    for name, theirs, ours, *function in rows:
+        layers: list[Any] = [""]
+        if "{i}" in theirs:
+            module = theirs.partition(":")[0].partition(">")[0]
+            fitting = numbers(module, modules, set())
+            layers = [i for i in fitting if theirs.replace("{i}", str(i)) not in literal] or [""]
+        for call, i in enumerate(layers):
+            texts = (text.replace("{i}", str(i)) for text in (name, theirs, ours))
+            found.append(Tap(*texts, 0 if "{i}" in ours else call, *(function or [None])))
+    return found
 
-    def __init__(self, port: Port, dtype: str):
-        self.dtype = dtype
+
+class Pair:
+    """Both sides in one dtype on the same weights; `exact` is the pair in float64."""
+
+    def __init__(self, port: Port, dtype: str, exact: "Pair | None" = None):
+        self.dtype, self.exact = dtype, exact or self
         self.torch = TorchSide(port, dtype)
         shapes = {path: tuple(leaf.shape) for path, leaf in flat(port.params).items()}
         theirs = {name: tuple(p.shape) for name, p in self.torch.parameters.items()}
         self.table = table(port.leaves, theirs, shapes)
         modules = [path for path, _ in self.torch.model.named_modules()]
-        self.taps = spelled(port.taps, modules)
+        self.taps = spelled([*port.taps, ("logits", "logits", "logits")], modules)
         self.masks = spelled([("", *row) for row in port.masks], modules)
         wanted, masked = (frozenset(tap.jax for tap in t) for t in (self.taps, self.masks))
         self.jax = JaxSide(port, dtype, self.table.draw(), wanted, masked)
-        self.torch.load(self.table.to_torch(self.jax.leaves))
+        self.load(self.jax.leaves)
 
-    def climb(self, steps: int, noise: dict[str, np.ndarray]) -> Iterator[Row | Comparison]:
+    def load(self, leaves: dict[str, np.ndarray]) -> None:
+        self.jax.leaves = leaves
+        self.torch.load(self.table.to_torch(leaves))
+
+    def climb(self, steps: int) -> Iterator[Row | Comparison]:
         """Every comparison, in the order in which a mistake shows."""
         back = self.table.to_jax(self.torch.named())
         for path, leaf in self.jax.leaves.items():
             yield Row("1 leaves", self.dtype, path, relative(back[path], leaf), 0.0)
         self.require_deterministic()
-        rungs = ("2 taps forward", "3 loss", "4 taps backward", "5 gradients")
-        yield from self.operations(rungs, train=False)
-        yield from self.updates(steps, noise)
+        yield from self.operations(PLAIN)
+        yield from self.updates(steps)
         drops = self.torch.run(train=True).shares
-        self.require_masks(drops)
+        self.require_masks(drops.keys())
         if drops:
-            parts = ("forward", "loss", "backward", "gradients")
-            yield from self.operations([f"7 dropout, {part}" for part in parts], train=True)
+            yield from self.operations(DROPOUT)
             yield from self.shares(drops)
         yield from self.modes(bool(drops))
 
     # ---- one pass -------------------------------------------------------------------------------
 
-    def operations(self, rungs: Sequence[str], train: bool) -> Iterator[Comparison]:
+    def operations(self, rungs: Sequence[str]) -> Iterator[Comparison]:
         """Outputs as the forward pass reaches them, then gradients as the backward pass does."""
+        train = rungs is DROPOUT
         ours, recorder = self.jax.run(train)
-        _require_fired("JAX", "taps", self.jax.wanted, ours.values, recorder.seen)
+        _require_fired("JAX", "taps", self.jax.wanted, ours.values, self.jax.seen)
         if train:
-            _require_fired("JAX", "masks", self.jax.masked, recorder.masks, recorder.seen)
+            _require_fired("JAX", "masks", self.jax.masked, recorder.masks, self.jax.seen)
         self.recorded = recorder.masks
-        wanted = {tap.torch: tap.name for tap in self.taps} | {"logits": "logits"}
         masks = self.jax_masks() if train else None
+        wanted = {tap.torch: tap.name for tap in self.taps}
         listener = self.torch.run(wanted, masks, train)
-        theirs = listener.found
-        _require_fired("PyTorch", "taps", wanted, theirs.values, listener.seen)
-        order = [wanted[place] for place in theirs.values]
-        mine, other = self._named(ours, "jax"), self._named(theirs, "torch")
-        before = ""
-        for name in order:
-            yield Comparison(rungs[0], name, mine.values[name], other.values[name], before)
-            before = name
-        yield Comparison(rungs[1], "loss", ours.loss, theirs.loss, before)
-        before = "loss"
-        for name in reversed(order):
-            yield Comparison(rungs[2], name, mine.gradients[name], other.gradients[name], before)
-            before = name
-        leaves = self.table.to_jax(theirs.leaves)
-        for path, leaf in ours.leaves.items():
-            yield Comparison(rungs[3], path, leaf, leaves[path])
+        _require_fired("PyTorch", "taps", wanted, listener.found.values, listener.seen)
+        # JAX draws other masks in float64, so PyTorch is run there once more on these.
+        exact = self.exact.torch.run(wanted, masks, train).found
+        order = [wanted[place] for place in listener.found.values]
+        sides = [self._named(ours, "jax")]
+        sides += [self._named(found, "torch") for found in (listener.found, exact)]
+        for before, name in zip(["", *order], order, strict=False):
+            yield Comparison(rungs[0], name, *(side.values[name] for side in sides), before)
+        yield Comparison(rungs[1], "loss", *(side.loss for side in sides), order[-1])
+        for before, name in itertools.pairwise(["loss", *reversed(order)]):
+            yield Comparison(rungs[2], name, *(side.gradients[name] for side in sides), before)
+        for path in ours.leaves:
+            yield Comparison(rungs[3], path, *(side.leaves[path] for side in sides))
 
     def _named(self, found: Pass, side: str) -> Pass:
         """By the names of the table, one array each, PyTorch's laid out as JAX's."""
-        named = Pass()
-        for kind in ("values", "gradients"):
-            arrays, into = getattr(found, kind), getattr(named, kind)
-            into["logits"] = arrays["logits"][0]
-            for tap in self.taps:
-                calls = arrays[getattr(tap, side)]
-                if side == "torch":
-                    into[tap.name] = tap.function(calls[0]) if tap.function else calls[0]
-                elif tap.call >= len(calls):
-                    raise BadInput(
-                        f"JAX's tap {tap.jax} fires {len(calls)} times, and {tap.name} is call "
-                        f"{tap.call}; mend the table of taps"
-                    )
-                else:
-                    into[tap.name] = calls[tap.call]
+        leaves = found.leaves if side == "jax" else self.table.to_jax(found.leaves)
+        named = Pass(loss=found.loss, leaves=leaves)
+        for tap in self.taps:
+            place, call = (tap.jax, tap.call) if side == "jax" else (tap.torch, 0)
+            n = len(found.values[place])
+            if call >= n:
+                raise BadInput(
+                    f"JAX's tap {place} fires {n} times, and {tap.name} is call {call}, counted "
+                    "from 0; mend the table of taps"
+                )
+            for kind in ("values", "gradients"):
+                array = getattr(found, kind)[place][call]
+                to = tap.function if side == "torch" else None
+                getattr(named, kind)[tap.name] = to(array) if to else array
         return named
 
     # ---- dropout, train and eval mode -----------------------------------------------------------
@@ -159,9 +151,10 @@ class Pair:
     def require_masks(self, drops: Iterable[str]) -> None:
         named, drops = {mask.torch for mask in self.masks}, set(drops)
         if named != drops:
+            more, fewer = (", ".join(sorted(s)) or "no place" for s in (drops - named, named - drops))
             raise BadInput(
-                f"PyTorch drops at {_list(drops - named)} beyond the table of masks, which names "
-                f"{_list(named - drops)} beyond PyTorch; mend the table or a rate"
+                f"PyTorch drops at {more} beyond the table of masks, which names {fewer} beyond "
+                "PyTorch; mend the table or a rate"
             )
 
     def require_deterministic(self) -> None:
@@ -201,31 +194,32 @@ class Pair:
 
     # ---- updates --------------------------------------------------------------------------------
 
-    def updates(self, steps: int, noise: dict[str, np.ndarray]) -> Iterator[Comparison]:
+    def updates(self, steps: int) -> Iterator[Comparison]:
         """The distance that each leaf moved, after one update and after all of them.
 
-        `noise` is filled in float64 and used in both dtypes: where an element's true gradient is 0
-        (a bias of keys, which softmax ignores), what is measured is rounding, and Adam divides it
-        by its epsilon.
+        Elements whose gradient is rounding are left out (that of a bias of keys, which softmax
+        ignores): Adam divides them by its epsilon.
         """
-        start, update, optimizer = self.jax.leaves, self.jax.updates(), self.torch.optimizer()
+        start, update = self.jax.leaves, self.jax.updates()
+        sides = dict.fromkeys((self.torch, self.exact.torch))
+        optimizers = {side: side.optimizer() for side in sides}
         for k in range(steps + 1):
-            ours, theirs = self.jax.run(train=False)[0], self.torch.run().found
-            leaves = self.table.to_jax(self.torch.named())
-            if k == 0 and not noise:
-                noise |= _noise(ours.leaves)
+            ours, found = self.jax.run(train=False)[0], [side.run().found for side in sides]
+            if k == 0:
+                noise = _noise(self.table.to_jax(found[-1].leaves))
+            leaves = [self.jax.leaves, *(self.table.to_jax(side.named()) for side in sides)]
             for path in start if k in (1, steps) else ():
-                moved = [
-                    np.where(noise[path], 0, side[path].astype(np.float64) - start[path])
-                    for side in (self.jax.leaves, leaves)
-                ]
-                yield Comparison("6 updates", f"{path}, moved by {k}", *moved)
-            yield Comparison("6 updates", f"loss of state {k}", ours.loss, theirs.loss)
+                moved = [leaf[path].astype(np.float64) - start[path] for leaf in leaves]
+                moved = [np.where(noise[path], 0, array) for array in moved]
+                yield Comparison("6 updates", f"{path}, moved by {k}", *moved[:2], moved[-1])
+            losses = ours.loss, found[0].loss, found[-1].loss
+            yield Comparison("6 updates", f"loss of state {k}", *losses)
             if k < steps:
                 update.step(ours.leaves)
-                self.torch.step(optimizer)
-        self.jax.leaves = start
-        self.torch.load(self.table.to_torch(start))
+                for side, optimizer in optimizers.items():
+                    side.step(optimizer)
+        self.load(start)
+        self.exact.torch.load(self.table.to_torch(start))
 
 
 def _noise(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -244,59 +238,43 @@ def _require_fired(
         raise BadInput(f"{side}'s {what} that never fire: {near}; mend the table of {what}")
 
 
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "no place"
-
-
 # ---- the whole ladder ---------------------------------------------------------------------------
 
 
-def prove(port: Port, steps: int = 5, dtypes: Sequence[str] = ("float64", "float32")) -> Report:
+def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
     """Climbs the ladder to the landing after the first difference, in float64 and then in float32.
 
     Raises:
       BadInput: the port cannot be measured as it is given.
     """
-    jax.clear_caches()  # a program that was traced before holds no taps
     torch.set_num_threads(1)  # of small models the threads only wait for each other
-    report = Report([], steps)
-    exact: dict[tuple, Comparison] = {}
-    noise: dict[str, np.ndarray] = {}
+    report, pair = Report([]), None
     try:
-        for dtype in dtypes if steps else ():
-            climb = Pair(port, dtype).climb(steps, noise)
-            for rung, found in itertools.groupby(climb, lambda found: found.rung):
-                report.rows += _rows(list(found), dtype, exact)
+        for dtype in ("float64", "float32")[: 1 + float32]:
+            pair = Pair(port, dtype, pair)
+            for rung, found in itertools.groupby(pair.climb(steps), lambda found: found.rung):
+                report.rows += _rows(list(found), dtype)
                 if rung in LANDINGS and not report.passed:
-                    break  # what is left would tell the same again
-            if not report.passed:
-                break
+                    return report  # what is left would tell the same again
     except Stopped as stopped:
         report.stopped = str(stopped)
     return report
 
 
-def _rows(rung: list, dtype: str, exact: dict[tuple, Comparison]) -> list[Row]:
+def _rows(rung: list, dtype: str) -> list[Row]:
     if isinstance(rung[0], Row):
         return rung
     if dtype == "float64":
-        exact |= {(found.rung, found.place): found for found in rung}
-        return [
-            _row(found, dtype, relative(found.ours, found.theirs), FLOAT64_TOLERANCE)
-            for found in rung
-        ]
-    wide = [exact[found.rung, found.place] for found in rung]
-    ours = np.array([relative(a.ours, b.ours) for a, b in zip(rung, wide, strict=True)])
-    theirs = np.array([relative(a.theirs, b.theirs) for a, b in zip(rung, wide, strict=True)])
-    laws = zip(rung, *own_rounding(ours, theirs), ours, theirs, strict=True)
-    return [
-        _row(found, dtype, error, tolerance, f"JAX rounds {a:.1e}, PyTorch {b:.1e}")
-        for found, error, tolerance, a, b in laws
-    ]
-
-
-def _row(found: Comparison, dtype: str, error: float, tolerance: float, note: str = "") -> Row:
-    ours, theirs = found.ours.shape, found.theirs.shape
-    if ours != theirs:
-        note = f"JAX {list(ours)}, PyTorch {list(theirs)}"
-    return Row(found.rung, dtype, found.place, float(error), float(tolerance), found.after, note)
+        errors = [relative(found.ours, found.theirs) for found in rung]
+        tolerances, notes = [FLOAT64_TOLERANCE] * len(rung), [""] * len(rung)
+    else:
+        own = [[relative(side, c.exact) for side in (c.ours, c.theirs)] for c in rung]
+        errors, tolerances = own_rounding(*np.array(own).T)
+        notes = [f"JAX rounds {a:.1e}, PyTorch {b:.1e}" for a, b in own]
+    rows = []
+    for found, *law, note in zip(rung, errors, tolerances, notes, strict=True):
+        ours, theirs = found.ours.shape, found.theirs.shape
+        if ours != theirs:
+            note = f"JAX {list(ours)}, PyTorch {list(theirs)}"
+        rows.append(Row(found.rung, dtype, found.place, *map(float, law), found.after, note))
+    return rows

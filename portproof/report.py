@@ -11,17 +11,17 @@ FACTOR, FLOOR = 8.0, 2.0**-22
 """Of float32's law, `own_rounding`."""
 
 
-def relative(found: np.ndarray, expected: np.ndarray, scale: np.ndarray | None = None) -> float:
-    """||found - expected|| / ||scale or expected|| in float64; inf where the shapes differ."""
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """||found - expected|| / ||expected|| in float64; inf where the shapes differ."""
     if found.shape != expected.shape:
         return np.inf
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    norm = np.linalg.norm(expected if scale is None else scale)
+    norm = np.linalg.norm(expected)
     return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
 
 
 def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(errors, tolerances) of a rung, from each side's distances from its own float64 self.
+    """(errors, tolerances) of a rung in float32, from each side's distances from float64.
 
     In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
     errors, whatever these are. What is left to prove is that neither side rounds more than the
@@ -76,7 +76,6 @@ class Report:
     """All rows; `stopped` is the message of a model that raised."""
 
     rows: list[Row]
-    steps: int
     stopped: str = ""
 
     @property

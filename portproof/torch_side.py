@@ -240,7 +240,7 @@ class TorchSide:
         """One pass forward and backward; without masks it draws its own."""
         self.model.train(train)
         self.model.zero_grad(set_to_none=True)
-        listener = Listener(self.model, {*wanted, "logits"}, masks, self.is_wide)
+        listener = Listener(self.model, {*wanted}, masks, self.is_wide)
         with self._dtype(), listener.listening():
             with stops("PyTorch", "forward", listener.running):
                 logits = listener.tap("logits", self.port.forward(self.model, self.batch))
