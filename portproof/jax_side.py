@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import optax
 
 from portproof import taps
 from portproof.leaves import flat, unflat
-from portproof.port import BadInput, Pass, Port, as_arrays, stops, to_jax
-
+from portproof.port import BadInput, Pass, Port, as_arrays, stops
 
 HERE = str(Path(__file__).parent)
 # Half the time to compile: the same program with less of LLVM's polish.
@@ -25,14 +24,7 @@ PLAIN = {"xla_backend_optimization_level": 0}
 class JaxSide:
     """The function in one dtype, its weights, and the programs made of it."""
 
-    def __init__(
-        self,
-        port: Port,
-        dtype: str,
-        leaves: Mapping[str, np.ndarray],
-        wanted: frozenset[str],
-        masked: frozenset[str],
-    ):
+    def __init__(self, port: Port, dtype: str, leaves: Mapping, wanted: Any, masked: Any):
         self.port, self.dtype, self.wanted, self.masked = port, dtype, wanted, masked
         self.leaves = {path: leaf.astype(dtype) for path, leaf in leaves.items()}
         self.seen: set[str] = set()
@@ -84,9 +76,8 @@ class JaxSide:
         return jax.jit(function).lower(*inputs).compile(PLAIN)
 
     def _inputs(self, seed: int = 0) -> tuple:
-        params = unflat({p: to_jax(leaf) for p, leaf in self.leaves.items()}, self.port.params)
-        zero = jnp.zeros((), self.dtype)
-        return params, zero, as_arrays(self.port.batch, self.dtype, to_jax), jax.random.key(seed)
+        batch = as_arrays(self.port.batch, self.dtype, jnp.asarray)
+        return self._tree(self.leaves), jnp.zeros((), self.dtype), batch, jax.random.key(seed)
 
     def _loss(self, params: Any, zero: Any, batch: Any, key: Any, deterministic: bool) -> Any:
         taps.differentiate(zero)
@@ -99,53 +90,41 @@ class JaxSide:
         return self.port.losses[0](taps.tap("logits", logits), batch)
 
     def require_wide(self) -> None:
-        """In float64 nothing may be rounded to less.
-
-        Raises:
-          BadInput: naming the line that does.
-        """
+        """In float64 nothing may be rounded to less."""
         recorder = taps.Recorder(frozenset())
         with self.exactly(), stops("JAX", "forward", recorder.running), taps.recording(recorder):
             function = functools.partial(self._loss, deterministic=True)
             jaxpr = jax.make_jaxpr(function)(*self._inputs())
         for equation in _equations(jaxpr.jaxpr):
-            if equation.primitive.name != "convert_element_type":
-                continue
-            before, after = equation.invars[0].aval.dtype, equation.params["new_dtype"]
-            if before == jnp.float64 and after in (jnp.float32, jnp.bfloat16, jnp.float16):
+            before = [x.aval.dtype for x in equation.invars if hasattr(x.aval, "dtype")][:1]
+            after = equation.params.get("new_dtype")
+            if before == [jnp.float64] and after in (jnp.float32, jnp.bfloat16, jnp.float16):
                 raise BadInput(
                     f"JAX rounds float64 to {np.dtype(after)} at {_line(equation)}; let the model "
-                    "compute in its parameters' dtype, or in jnp.promote_types(x.dtype, "
-                    "jnp.float32)"
+                    "compute in jnp.promote_types(x.dtype, jnp.float32), or in its weights' dtype"
                 )
 
-    def updates(self) -> "Updates":
-        return Updates(self)
+    def updates(self) -> Callable:
+        """A function of gradients that takes a step; its scalars are float64, as PyTorch's are."""
+        transformation = self.port.optimizers[0]
 
+        def update(gradients: Any, state: Any, params: Any) -> Any:
+            changes, state = transformation.update(gradients, state, params)
+            return optax.apply_updates(params, changes), state
 
-class Updates:
-    """Steps of optax; its scalars are float64, as PyTorch's are."""
+        def step(gradients: Mapping[str, np.ndarray]) -> None:
+            nonlocal state
+            with jax.enable_x64(True), stops("JAX", "update"):
+                params, state = program(self._tree(gradients), state, self._tree(self.leaves))
+                self.leaves = _arrays(params)
 
-    def __init__(self, side: JaxSide):
-        self.side = side
-        self._step = jax.jit(self._update, compiler_options=PLAIN)
-        with jax.enable_x64(True):
-            self.state = side.port.optimizers[0].init(self._tree(side.leaves))
-
-    def _tree(self, leaves: Mapping[str, Any]) -> Any:
-        return unflat(
-            {path: jnp.asarray(leaf) for path, leaf in leaves.items()}, self.side.port.params
-        )
-
-    def step(self, gradients: Mapping[str, np.ndarray]) -> None:
+        program = jax.jit(update, compiler_options=PLAIN)
         with jax.enable_x64(True), stops("JAX", "update"):
-            leaves, self.state = self._step(gradients, self.state, self.side.leaves)
-        self.side.leaves = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+            state = transformation.init(self._tree(self.leaves))
+        return step
 
-    def _update(self, gradients: Any, state: Any, leaves: Any) -> Any:
-        params = self._tree(leaves)
-        changes, state = self.side.port.optimizers[0].update(self._tree(gradients), state, params)
-        return flat(optax.apply_updates(params, changes)), state
+    def _tree(self, leaves: Mapping[str, np.ndarray]) -> Any:
+        return unflat({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, self.port.params)
 
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:

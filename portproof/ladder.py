@@ -151,7 +151,9 @@ class Pair:
     def require_masks(self, drops: Iterable[str]) -> None:
         named, drops = {mask.torch for mask in self.masks}, set(drops)
         if named != drops:
-            more, fewer = (", ".join(sorted(s)) or "no place" for s in (drops - named, named - drops))
+            more, fewer = (
+                ", ".join(sorted(s)) or "no place" for s in (drops - named, named - drops)
+            )
             raise BadInput(
                 f"PyTorch drops at {more} beyond the table of masks, which names {fewer} beyond "
                 "PyTorch; mend the table or a rate"
@@ -177,7 +179,7 @@ class Pair:
         for site, masks in self.jax_masks().items():
             own = Share(drawn[site].rate)
             for keep in masks:
-                own.count(np.ones_like(keep), keep == 0)
+                own.count(keep == 0)
             for side, share in (("JAX", own), ("PyTorch", drawn[site])):
                 note = f"{share.dropped} of {share.n} at rate {share.rate:g}, in deviations"
                 place, error = f"{side} at {site}", share.deviations()
@@ -200,7 +202,7 @@ class Pair:
         Elements whose gradient is rounding are left out (that of a bias of keys, which softmax
         ignores): Adam divides them by its epsilon.
         """
-        start, update = self.jax.leaves, self.jax.updates()
+        start, step = self.jax.leaves, self.jax.updates()
         sides = dict.fromkeys((self.torch, self.exact.torch))
         optimizers = {side: side.optimizer() for side in sides}
         for k in range(steps + 1):
@@ -215,7 +217,7 @@ class Pair:
             losses = ours.loss, found[0].loss, found[-1].loss
             yield Comparison("6 updates", f"loss of state {k}", *losses)
             if k < steps:
-                update.step(ours.leaves)
+                step(ours.leaves)
                 for side, optimizer in optimizers.items():
                     side.step(optimizer)
         self.load(start)

@@ -124,39 +124,28 @@ def _lost(side: str, named: list[str], shapes: Shapes) -> list[str]:
 
 
 def _require_shapes(spelled: list, torch_shapes: Shapes, jax_shapes: Shapes) -> None:
-    wrong = []
-    depth: dict[str, set[int]] = {}
-    for _, parts in spelled:
-        for part in parts:
-            if part.index is not None:
-                depth.setdefault(part.path, set()).add(part.index)
-    for path, layers in depth.items():
-        if jax_shapes[path][:1] != (len(layers),) or max(layers) >= len(layers):
-            wrong.append(
-                f"{path} {list(jax_shapes[path])} is a stack of PyTorch's {sorted(layers)}"
-            )
+    wrong, layers = [], {}
+    for part in (part for _, parts in spelled for part in parts if part.index is not None):
+        layers.setdefault(part.path, set()).add(part.index)
+    for path, indices in layers.items():
+        if indices != set(range((*jax_shapes[path], 0)[0])):
+            shape = list(jax_shapes[path])
+            wrong.append(f"JAX's {path} {shape} is a stack of PyTorch's {sorted(indices)}")
+    zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in jax_shapes.items()}
     for names, parts in spelled if not wrong else ():
-        theirs = [torch_shapes[name] for name in names]
-        ours = [part.of(_Shape.all(jax_shapes)).shape for part in parts]
+        theirs = {name: torch_shapes[name] for name in names}
+        ours = {p.path + ".T" * p.transposed: p.of(zeros).shape for p in parts}
         if _joined(theirs) != _joined(ours):
-            left = ", ".join(f"{n} {list(s)}" for n, s in zip(names, theirs, strict=True))
-            right = ", ".join(
-                f"{p.path}{'.T' * p.transposed} {list(s)}" for p, s in zip(parts, ours, strict=True)
+            left, right = (
+                ", ".join(f"{name} {list(shape)}" for name, shape in side.items())
+                for side in (theirs, ours)
             )
             wrong.append(f"PyTorch's {left} and JAX's {right}")
     if wrong:
         raise BadInput(f"shapes that do not fit: {'; '.join(wrong)}; mend the table or a model")
 
 
-def _joined(shapes: list) -> tuple:
+def _joined(shapes: Shapes) -> tuple:
     """The shape of tensors side by side on axis 0."""
-    rests = {tuple(shape[1:]) for shape in shapes}
-    return (sum(shape[0] for shape in shapes), rests)
-
-
-class _Shape:
-    """Arrays of these shapes that hold one number."""
-
-    @staticmethod
-    def all(shapes: Shapes) -> dict[str, np.ndarray]:
-        return {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+    rests = {tuple(shape[1:]) for shape in shapes.values()}
+    return sum(shape[0] for shape in shapes.values()), rests

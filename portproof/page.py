@@ -42,7 +42,7 @@ def _operations(report: Report) -> str:
     if not columns:
         return ""
     places = list(next(iter(columns.values())))
-    left, top = LABEL + CELL * len(columns) + 20, 130
+    left, top = LABEL + CELL * len(columns) + 20, 165
     marks = [_text(LABEL - 8, top + STEP * i + 13, p, "end") for i, p in enumerate(places)]
     for n, ((rung, dtype), rows) in enumerate(columns.items()):
         x = LABEL + CELL * n
@@ -74,14 +74,17 @@ def _cell(x: float, y: float, row: Row, report: Report) -> str:
 
 def _drift(report: Report) -> str:
     """The distance of the losses over the states of training."""
-    marks, drift = [_text(LABEL, 14, "distance of the losses over the updates")], report.drift()
-    for (dtype, errors), color in zip(drift.items(), ("#06c", "#c60"), strict=False):
-        steps = [(LABEL + _scale(error), 30 + 14 * k) for k, error in enumerate(errors)]
+    marks, drift = (
+        [_text(LABEL, 14, "distance of the losses over the updates, on a log scale")],
+        report.drift(),
+    )
+    for errors, color in zip(drift.values(), ("#06c", "#c60"), strict=False):
+        steps = [(LABEL + _scale(error), 50 + 14 * k) for k, error in enumerate(errors)]
         marks.append(_line(steps, color, ""))
-        marks += [_text(LABEL - 8, 34 + 14 * k, f"state {k}", "end") for k in range(len(steps))]
+        marks += [_text(LABEL - 8, 54 + 14 * k, f"state {k}", "end") for k in range(len(steps))]
     height = 14 * max(map(len, drift.values()), default=0)
     return (
-        _svg(LABEL + PLOT + 20, height + 30, [*marks, *_axis(LABEL, 24, height)]) if drift else ""
+        _svg(LABEL + PLOT + 20, height + 60, [*marks, *_axis(LABEL, 44, height)]) if drift else ""
     )
 
 

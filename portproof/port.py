@@ -1,4 +1,4 @@
-"""What is to be proved: two models, the tables that join them, and the two ways in which it ends."""
+"""What is to be proved: two models, the tables that join them, and how it ends early."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import optax
 import torch
@@ -124,13 +124,7 @@ def as_arrays(batch: Any, dtype: str, make: Callable) -> Any:
         array = np.asarray(array)
         return make(array.astype(dtype) if array.dtype.kind == "f" else array)
 
-    if isinstance(batch, dict):
-        return {name: cast(array) for name, array in batch.items()}
-    return cast(batch)
-
-
-def to_jax(array: np.ndarray) -> Any:
-    return jnp.asarray(array)
+    return jax.tree.map(cast, batch)
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The verdict: every comparison in the order in which a mistake shows, and the first that differs."""
+"""The verdict: every comparison, in order, and the first that differs."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -124,23 +124,24 @@ def _module(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
     if _recorder is None:
         return call(*args, **kwargs)
     _recorder.running.append(path)
-    args = tuple(
-        tap(f"{path}:in{i}", x) if isinstance(x, jax.Array) else x for i, x in enumerate(args)
-    )
-    result = (_dropout if path in _recorder.masked else _plain)(path, call, args, kwargs)
+    args = _tapped_each(f"{path}:in", args)
+    if path in _recorder.masked:
+        result = _dropout(path, call, args, kwargs)
+    else:
+        result = call(*args, **kwargs)
     if isinstance(result, tuple):
-        result = tuple(
-            tap(f"{path}:out{i}", x) if isinstance(x, jax.Array) else x
-            for i, x in enumerate(result)
-        )
-    elif isinstance(result, jax.Array):
-        result = tap(path, result)
+        result = _tapped_each(f"{path}:out", result)
+    else:
+        (result,) = _tapped_each(path, (result,), "")
     _recorder.running.pop()
     return result
 
 
-def _plain(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
-    return call(*args, **kwargs)
+def _tapped_each(name: str, parts: tuple, form: str = "{}") -> tuple:
+    return tuple(
+        tap(name + form.format(i), x) if isinstance(x, jax.Array) else x
+        for i, x in enumerate(parts)
+    )
 
 
 def _dropout(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:

@@ -5,6 +5,8 @@ softmax so), the mode gives it float64.
 """
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,20 +23,20 @@ DROPOUT, ATTENTION = F.dropout, F.scaled_dot_product_attention
 Masks = Mapping[str, Sequence[np.ndarray]]
 
 
+@dataclasses.dataclass
 class Share:
     """How much one site dropped of what it could."""
 
-    def __init__(self, rate: float):
-        self.dropped, self.n, self.rate = 0, 0, rate
+    rate: float
+    dropped: int = 0
+    n: int = 0
 
-    def count(self, could: Any, did: Any) -> None:
-        self.dropped += int(did.sum())
-        self.n += int(could.sum())
+    def count(self, dropped: Any) -> None:
+        self.dropped += int(dropped.sum())
+        self.n += math.prod(dropped.shape)
 
     def deviations(self) -> float:
         """The share's distance from the rate in standard deviations of a fair draw."""
-        if not self.n:
-            return math.inf
         spread = math.sqrt(self.rate * (1 - self.rate) / self.n)
         return abs(self.dropped / self.n - self.rate) / spread
 
@@ -56,10 +58,9 @@ class Listener(TorchFunctionMode):
     def listening(self) -> Iterator[None]:
         hooks = []
         for path, module in self.model.named_modules():
-            hooks += [
-                module.register_forward_pre_hook(self._enter(path)),
-                module.register_forward_hook(self._leave(path)),
-            ]
+            enter, leave = (functools.partial(f, path) for f in (self._enter, self._leave))
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(leave))
         try:
             with self:
                 yield
@@ -73,23 +74,17 @@ class Listener(TorchFunctionMode):
             return x
         return _Tap.apply(x, name, self.found)
 
-    def _enter(self, path: str) -> Callable:
-        def hook(module: Any, args: tuple) -> tuple:
-            self.running.append(path)
-            self.calls.append(Counter())
-            return tuple(self.tap(f"{path}:in{i}", x) for i, x in enumerate(args))
+    def _enter(self, path: str, module: Any, args: tuple) -> tuple:
+        self.running.append(path)
+        self.calls.append(Counter())
+        return tuple(self.tap(f"{path}:in{i}", x) for i, x in enumerate(args))
 
-        return hook
-
-    def _leave(self, path: str) -> Callable:
-        def hook(module: Any, args: tuple, result: Any) -> Any:
-            self.running.pop()
-            self.calls.pop()
-            if isinstance(result, tuple):
-                return tuple(self.tap(f"{path}:out{i}", x) for i, x in enumerate(result))
-            return self.tap(path, result)
-
-        return hook
+    def _leave(self, path: str, module: Any, args: tuple, result: Any) -> Any:
+        self.running.pop()
+        self.calls.pop()
+        if isinstance(result, tuple):
+            return tuple(self.tap(f"{path}:out{i}", x) for i, x in enumerate(result))
+        return self.tap(path, result)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
@@ -115,44 +110,24 @@ class Listener(TorchFunctionMode):
     ) -> Any:
         if not training or p == 0:
             return x
-        if self.masks is None:
-            result = DROPOUT(x, p, True)
-            self._count(path, x, result, p)
-            return result
-        return x * self._mask(path, x) / (1 - p)
+        if self.masks is not None:
+            return x * self._mask(path, x) / (1 - p)
+        result = DROPOUT(x, p, True)
+        self.shares.setdefault(path, Share(p)).count(result[x != 0] == 0)
+        return result
 
-    def _attention(
-        self,
-        path: str,
-        q: Any,
-        k: Any,
-        v: Any,
-        attn_mask: Any = None,
-        *,
-        dropout_p: float,
-        **more: Any,
-    ) -> Any:
+    def _attention(self, path: str, q: Any, k: Any, v: Any, mask: Any = None, **how: Any) -> Any:
         """By its definition, for the fused kernels take no mask."""
-        weights = _attention_weights(q, k, attn_mask, **more)
-        if self.masks is None:
-            dropped = DROPOUT(weights, dropout_p)
-            self._count(path, weights, dropped, dropout_p)
-            return ATTENTION(q, k, v, attn_mask, dropout_p, **more)
-        weights = weights * self._mask(path, weights) / (1 - dropout_p)
-        return weights @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
-
-    def _count(self, path: str, x: torch.Tensor, result: torch.Tensor, rate: float) -> None:
-        share = self.shares.setdefault(path, Share(rate))
-        share.count(x != 0, (x != 0) & (result == 0))
+        p, mask = how.pop("dropout_p"), how.pop("attn_mask", mask)
+        weights = _attention_weights(q, k, mask, **how)
+        dropped = self._dropout(path, weights, p)
+        return dropped @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
 
     def _mask(self, path: str, x: torch.Tensor) -> torch.Tensor:
         assert self.masks is not None
-        keep = next(self.masks.get(path, iter(())), None)
+        keep = next(self.masks[path], None)
         if keep is None:
-            raise BadInput(
-                f"PyTorch drops at {path or 'its root'} and JAX has no (further) mask for it; "
-                f"the masks given are of {', '.join(self.masks) or 'no place'}"
-            )
+            raise BadInput(f"PyTorch drops at {path} more often than JAX; mend the masks' table")
         if keep.shape != tuple(x.shape):
             raise BadInput(
                 f"the mask of {path} is {list(keep.shape)} and PyTorch drops of {list(x.shape)}; "
@@ -205,29 +180,20 @@ class TorchSide:
 
     def __init__(self, port: Port, dtype: str):
         self.port, self.dtype = port, getattr(torch, dtype)
+        self.is_wide = dtype == "float64"
         self.batch = as_arrays(port.batch, dtype, to_torch)
         with stops("PyTorch", "made"), self._dtype():
             with Listener(torch.nn.Module(), set(), None, self.is_wide):
                 self.model = port.torch_model()
-            self.model.to(self.dtype)
-
-    @property
-    def is_wide(self) -> bool:
-        return self.dtype == torch.float64
-
-    @property
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return dict(self.model.named_parameters())
+            self.parameters = dict(self.model.to(self.dtype).named_parameters())
 
     def named(self, gradients: bool = False) -> dict[str, np.ndarray]:
         """Its parameters (or their gradients, 0 where nothing came) by their names."""
-        named = self.parameters.items()
-        if not gradients:
-            return {name: p.detach().numpy().copy() for name, p in named}
-        return {
-            name: np.zeros(p.shape, str(p.dtype)[6:]) if p.grad is None else p.grad.numpy().copy()
-            for name, p in named
-        }
+        arrays = {}
+        for name, p in self.parameters.items():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            arrays[name] = (gradient if gradients else p).numpy(force=True).copy()
+        return arrays
 
     def load(self, named: Mapping[str, np.ndarray]) -> None:
         with torch.no_grad():
