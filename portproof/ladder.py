@@ -115,8 +115,12 @@ class Pair:
         yield Comparison(rungs[1], "loss", *(side.loss for side in sides), order[-1])
         for before, name in itertools.pairwise(["loss", *reversed(order)]):
             yield Comparison(rungs[2], name, *(side.gradients[name] for side in sides), before)
+        noise = [_noise(side.leaves) for side in sides]
+        if self.dtype == "float64":
+            self.noise = {path: noise[0][path] | noise[1][path] for path in ours.leaves}
         for path in ours.leaves:
-            yield Comparison(rungs[3], path, *(side.leaves[path] for side in sides))
+            leaves = zip(noise, (side.leaves for side in sides), strict=True)
+            yield Comparison(rungs[3], path, *(np.where(n[path], 0, g[path]) for n, g in leaves))
 
     def _named(self, found: Pass, side: str) -> Pass:
         """By the names of the table, one array each, PyTorch's laid out as JAX's."""
@@ -199,20 +203,17 @@ class Pair:
     def updates(self, steps: int) -> Iterator[Comparison]:
         """The distance that each leaf moved, after one update and after all of them.
 
-        Elements whose gradient is rounding are left out (that of a bias of keys, which softmax
-        ignores): Adam divides them by its epsilon.
+        Elements whose gradient is rounding are left out: Adam divides it by its epsilon.
         """
         start, step = self.jax.leaves, self.jax.updates()
         sides = dict.fromkeys((self.torch, self.exact.torch))
         optimizers = {side: side.optimizer() for side in sides}
         for k in range(steps + 1):
             ours, found = self.jax.run(train=False)[0], [side.run().found for side in sides]
-            if k == 0:
-                noise = _noise(self.table.to_jax(found[-1].leaves))
             leaves = [self.jax.leaves, *(self.table.to_jax(side.named()) for side in sides)]
             for path in start if k in (1, steps) else ():
                 moved = [leaf[path].astype(np.float64) - start[path] for leaf in leaves]
-                moved = [np.where(noise[path], 0, array) for array in moved]
+                moved = [np.where(self.exact.noise[path], 0, array) for array in moved]
                 yield Comparison("6 updates", f"{path}, moved by {k}", *moved[:2], moved[-1])
             losses = ours.loss, found[0].loss, found[-1].loss
             yield Comparison("6 updates", f"loss of state {k}", *losses)
@@ -225,10 +226,9 @@ class Pair:
 
 
 def _noise(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    largest = max(np.abs(leaf).max() for leaf in gradients.values())
-    return {
-        path: (leaf != 0) & (np.abs(leaf) < 1e-12 * largest) for path, leaf in gradients.items()
-    }
+    """Where float64's gradient is 0 but for rounding: softmax ignores a bias of keys, say."""
+    least = 1e-13 * max(np.abs(leaf).max() for leaf in gradients.values())
+    return {path: (leaf != 0) & (np.abs(leaf) < least) for path, leaf in gradients.items()}
 
 
 def _require_fired(
