@@ -1,4 +1,4 @@
-"""What examples/model5.py and examples/gpt2.py share: Model 5 in JAX, and the tables of its blocks."""
+"""What model5.py and gpt2.py share: Model 5 in JAX, and the tables of its blocks."""
 
 import dataclasses
 

@@ -5,88 +5,79 @@ python examples/llama.py [--fault NAME] [--html FILE]
 
 from unittest import mock
 
-import jax
+import jax.numpy as jnp
 import llama_nnx
 import optax
 import torch
 from flax import nnx
-from llama_nnx import Config, Llama
+from llama_nnx import RATE, D, F, G, H, K, N, V
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import portproof
 
-CONFIG = Config(V=61, D=24, H=4, G=2, K=6, F=40, N=2)
-graph, PARAMS = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, nnx.Rngs(0))))
-
-
-def apply(params, tokens_BxL, key, deterministic):
-    model = portproof.watch(nnx.merge(graph, params))
-    return model(tokens_BxL, None if deterministic else nnx.Rngs(dropout=key))
-
-
-def theirs():
-    c = CONFIG
-    config = LlamaConfig(
-        vocab_size=c.V, hidden_size=c.D, intermediate_size=c.F, num_hidden_layers=c.N,
-        num_attention_heads=c.H, num_key_value_heads=c.G, head_dim=c.K, attention_dropout=0.1,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager",
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
+GRAPH, PARAMS = nnx.split(nnx.eval_shape(lambda: llama_nnx.Llama(nnx.Rngs(0))))
+THEIRS = LlamaConfig(
+    vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=N, head_dim=K,
+    num_attention_heads=H, num_key_value_heads=G, attention_dropout=RATE, rms_norm_eps=1e-5,
+    tie_word_embeddings=False, attn_implementation="eager",
+)  # fmt: skip
 LAYER = "model.layers.{i}"
 ATTENTION = f"{LAYER}.self_attn"
 
 
+def apply(params, tokens_BxL, key, deterministic):
+    model = portproof.watch(nnx.merge(GRAPH, params))
+    return model(tokens_BxL, None if deterministic else nnx.Rngs(dropout=key))
+
+
+LEAVES = [
+    ("model.embed_tokens.weight", "embed"),
+    (f"{LAYER}.input_layernorm.weight", "layers/{i}/norm_1/scale"),
+    ([f"{ATTENTION}.{n}_proj.weight" for n in "qkv"], "layers/{i}/attn/qkv/kernel.T"),
+    (f"{ATTENTION}.o_proj.weight", "layers/{i}/attn/out/kernel.T"),
+    (f"{LAYER}.post_attention_layernorm.weight", "layers/{i}/norm_2/scale"),
+    ([f"{LAYER}.mlp.{n}_proj.weight" for n in ("gate", "up")], "layers/{i}/gate_up/kernel.T"),
+    (f"{LAYER}.mlp.down_proj.weight", "layers/{i}/down/kernel.T"),
+    ("model.norm.weight", "norm/scale"),
+    ("lm_head.weight", "head/kernel.T"),
+]
+TAPS = [
+    ("embedding", "model.embed_tokens", "embedding"),
+    ("layer {i}: norm 1", f"{LAYER}.input_layernorm", "layers/{i}/norm_1"),
+    ("layer {i}: rotated q", f"{ATTENTION}>matmul:in0", "rotated q"),
+    ("layer {i}: weights", f"{ATTENTION}>softmax", "weights"),
+    ("layer {i}: attention", f"{ATTENTION}.o_proj:in0", "layers/{i}/attn/out:in0"),
+    ("layer {i}: out", f"{ATTENTION}.o_proj", "layers/{i}/attn/out"),
+    ("layer {i}: norm 2", f"{LAYER}.post_attention_layernorm", "layers/{i}/norm_2"),
+    ("layer {i}: SwiGLU", f"{LAYER}.mlp.down_proj:in0", "layers/{i}/down:in0"),
+    ("layer {i}: output", LAYER, "layers/{i}"),
+    ("norm", "model.norm", "norm"),
+]
+
+
 def port():
     return portproof.Port(
-        torch_model=theirs,
+        torch_model=lambda: LlamaForCausalLM(THEIRS),
         jax_model=apply,
         params=PARAMS,
-        leaves=[
-            ("model.embed_tokens.weight", "embed"),
-            (f"{LAYER}.input_layernorm.weight", "layers/{i}/norm_1/scale"),
-            ([f"{ATTENTION}.{n}_proj.weight" for n in "qkv"], "layers/{i}/attn/qkv/kernel.T"),
-            (f"{ATTENTION}.o_proj.weight", "layers/{i}/attn/out/kernel.T"),
-            (f"{LAYER}.post_attention_layernorm.weight", "layers/{i}/norm_2/scale"),
-            (
-                [f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"],
-                "layers/{i}/gate_up/kernel.T",
-            ),
-            (f"{LAYER}.mlp.down_proj.weight", "layers/{i}/down/kernel.T"),
-            ("model.norm.weight", "norm/scale"),
-            ("lm_head.weight", "head/kernel.T"),
-        ],
-        taps=[
-            ("embedding", "model.embed_tokens", "embedding"),
-            ("layer {i}: norm 1", f"{LAYER}.input_layernorm", "layers/{i}/norm_1"),
-            ("layer {i}: rotated q", f"{ATTENTION}>matmul:in0", "rotated q"),
-            ("layer {i}: weights", f"{ATTENTION}>softmax", "weights"),
-            ("layer {i}: attention", f"{ATTENTION}.o_proj:in0", "layers/{i}/attn/out:in0"),
-            ("layer {i}: out", f"{ATTENTION}.o_proj", "layers/{i}/attn/out"),
-            ("layer {i}: norm 2", f"{LAYER}.post_attention_layernorm", "layers/{i}/norm_2"),
-            ("layer {i}: SwiGLU", f"{LAYER}.mlp.down_proj:in0", "layers/{i}/down:in0"),
-            ("layer {i}: output", LAYER, "layers/{i}"),
-            ("norm", "model.norm", "norm"),
-        ],
+        leaves=LEAVES,
+        taps=TAPS,
         masks=[(ATTENTION, "layers/{i}/attn/drop")],
-        batch=portproof.tokens(3, 9, vocab=CONFIG.V),
+        batch=portproof.tokens(3, 9, vocab=V),
         forward=lambda module, tokens_BxL: module(tokens_BxL, use_cache=False).logits,
         optimizers=(optax.adam(1e-3), lambda m: torch.optim.Adam(m.parameters(), 1e-3)),
     )
 
 
-def rotate_neighbours(x_BxHxLxK):
+def rotate_neighbours(x, rotate=llama_nnx.rotate):
     """The papers' pairs, features 0 and 1, 2 and 3, ...; transformers' are half a head apart."""
-    halves = jax.numpy.concatenate([x_BxHxLxK[..., ::2], x_BxHxLxK[..., 1::2]], axis=-1)
-    return rotate(halves)
+    return rotate(jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1))
 
 
-rotate = llama_nnx.rotate
 FAULTS = {
     "pairs": lambda: mock.patch.object(llama_nnx, "rotate", rotate_neighbours),
     "groups": lambda: mock.patch.object(
-        llama_nnx, "repeat", lambda x_BxGxLxK, n: jax.numpy.tile(x_BxGxLxK, (1, n, 1, 1))
+        llama_nnx, "repeat", lambda x_BxGxLxK: jnp.tile(x_BxGxLxK, (1, H // G, 1, 1))
     ),
     "gelu": lambda: mock.patch.object(nnx, "silu", nnx.gelu),
 }

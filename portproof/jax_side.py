@@ -33,7 +33,7 @@ class JaxSide:
     @contextlib.contextmanager
     def exactly(self) -> Iterator[None]:
         """For all threads: a callback of another one would round what it is handed."""
-        before = jax.config.jax_enable_x64
+        before = jax.config.read("jax_enable_x64")
         jax.config.update("jax_enable_x64", self.dtype == "float64")
         try:
             with jax.default_matmul_precision("highest"):
@@ -47,13 +47,8 @@ class JaxSide:
         (_, (gradients, _)), backward = self._call("backward", train)
         found = Pass(forward.values, {}, np.asarray(loss), _arrays(gradients))
         for name, values in forward.values.items():
-            came = backward.gradients.get(name, [])[::-1] or [np.zeros_like(v) for v in values]
-            if len(came) != len(values):
-                raise BadInput(
-                    f"JAX's tap {name} is reached {len(values)} times forward and {len(came)} "
-                    "times backward; tap what every call hands on"
-                )
-            found.gradients[name] = came
+            came = backward.gradients.get(name, [])[::-1]  # none where nothing uses the value
+            found.gradients[name] = came or [np.zeros_like(value) for value in values]
         return found, forward
 
     def loss(self, seed: int, train: bool) -> np.ndarray:
@@ -69,11 +64,11 @@ class JaxSide:
             return jax.block_until_ready(self._programs[doing, train](*inputs)), recorder
 
     def _compiled(self, doing: str, train: bool, inputs: tuple) -> Any:
-        function = functools.partial(self._loss, deterministic=not train)
+        function: Callable = functools.partial(self._loss, deterministic=not train)
         if doing == "backward":
             function = jax.value_and_grad(function, argnums=(0, 1))
         jax.clear_caches()  # what was traced before has no taps, or those of another trace
-        return jax.jit(function).lower(*inputs).compile(PLAIN)
+        return jax.jit(function, compiler_options=PLAIN).lower(*inputs).compile()
 
     def _inputs(self, seed: int = 0) -> tuple:
         batch = as_arrays(self.port.batch, self.dtype, jnp.asarray)
@@ -112,15 +107,16 @@ class JaxSide:
             changes, state = transformation.update(gradients, state, params)
             return optax.apply_updates(params, changes), state
 
+        program = jax.jit(update, compiler_options=PLAIN)
+        with jax.enable_x64(True), stops("JAX", "update"):
+            state = transformation.init(self._tree(self.leaves))
+
         def step(gradients: Mapping[str, np.ndarray]) -> None:
             nonlocal state
             with jax.enable_x64(True), stops("JAX", "update"):
                 params, state = program(self._tree(gradients), state, self._tree(self.leaves))
                 self.leaves = _arrays(params)
 
-        program = jax.jit(update, compiler_options=PLAIN)
-        with jax.enable_x64(True), stops("JAX", "update"):
-            state = transformation.init(self._tree(self.leaves))
         return step
 
     def _tree(self, leaves: Mapping[str, np.ndarray]) -> Any:

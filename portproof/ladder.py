@@ -31,13 +31,11 @@ class Tap(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One thing of both sides, and what it is in float64; `after` was compared before it."""
+    """One thing of JAX, of PyTorch, and of float64; `after` was compared before it."""
 
     rung: str
     place: str
-    ours: np.ndarray
-    theirs: np.ndarray
-    exact: np.ndarray
+    sides: list[np.ndarray]
     after: str = ""
 
 
@@ -51,8 +49,11 @@ def spelled(rows: Sequence[tuple], modules: Sequence[str]) -> list[Tap]:
             fitting = numbers(module, modules, set())
             layers = [i for i in fitting if theirs.replace("{i}", str(i)) not in literal] or [""]
         for call, i in enumerate(layers):
-            texts = (text.replace("{i}", str(i)) for text in (name, theirs, ours))
-            found.append(Tap(*texts, 0 if "{i}" in ours else call, *(function or [None])))
+            name_i, theirs_i, ours_i = (
+                text.replace("{i}", str(i)) for text in (name, theirs, ours)
+            )
+            call = 0 if "{i}" in ours else call
+            found.append(Tap(name_i, theirs_i, ours_i, call, function[0] if function else None))
     return found
 
 
@@ -111,16 +112,16 @@ class Pair:
         sides = [self._named(ours, "jax")]
         sides += [self._named(found, "torch") for found in (listener.found, exact)]
         for before, name in zip(["", *order], order, strict=False):
-            yield Comparison(rungs[0], name, *(side.values[name] for side in sides), before)
-        yield Comparison(rungs[1], "loss", *(side.loss for side in sides), order[-1])
+            yield Comparison(rungs[0], name, [side.values[name][0] for side in sides], before)
+        yield Comparison(rungs[1], "loss", [side.loss for side in sides], order[-1])
         for before, name in itertools.pairwise(["loss", *reversed(order)]):
-            yield Comparison(rungs[2], name, *(side.gradients[name] for side in sides), before)
+            yield Comparison(rungs[2], name, [side.gradients[name][0] for side in sides], before)
         noise = [_noise(side.leaves) for side in sides]
         if self.dtype == "float64":
             self.noise = {path: noise[0][path] | noise[1][path] for path in ours.leaves}
         for path in ours.leaves:
             leaves = zip(noise, (side.leaves for side in sides), strict=True)
-            yield Comparison(rungs[3], path, *(np.where(n[path], 0, g[path]) for n, g in leaves))
+            yield Comparison(rungs[3], path, [np.where(n[path], 0, g[path]) for n, g in leaves])
 
     def _named(self, found: Pass, side: str) -> Pass:
         """By the names of the table, one array each, PyTorch's laid out as JAX's."""
@@ -137,7 +138,7 @@ class Pair:
             for kind in ("values", "gradients"):
                 array = getattr(found, kind)[place][call]
                 to = tap.function if side == "torch" else None
-                getattr(named, kind)[tap.name] = to(array) if to else array
+                getattr(named, kind)[tap.name] = [to(array) if to else array]
         return named
 
     # ---- dropout, train and eval mode -----------------------------------------------------------
@@ -206,21 +207,20 @@ class Pair:
         Elements whose gradient is rounding are left out: Adam divides it by its epsilon.
         """
         start, step = self.jax.leaves, self.jax.updates()
-        sides = dict.fromkeys((self.torch, self.exact.torch))
-        optimizers = {side: side.optimizer() for side in sides}
+        modules = {side: side.updates() for side in (self.torch, self.exact.torch)}
         for k in range(steps + 1):
-            ours, found = self.jax.run(train=False)[0], [side.run().found for side in sides]
-            leaves = [self.jax.leaves, *(self.table.to_jax(side.named()) for side in sides)]
+            ours, found = self.jax.run(train=False)[0], [side.run().found for side in modules]
+            leaves = [self.jax.leaves, *(self.table.to_jax(side.named()) for side in modules)]
             for path in start if k in (1, steps) else ():
                 moved = [leaf[path].astype(np.float64) - start[path] for leaf in leaves]
                 moved = [np.where(self.exact.noise[path], 0, array) for array in moved]
-                yield Comparison("6 updates", f"{path}, moved by {k}", *moved[:2], moved[-1])
-            losses = ours.loss, found[0].loss, found[-1].loss
-            yield Comparison("6 updates", f"loss of state {k}", *losses)
+                yield Comparison("6 updates", f"{path}, moved by {k}", moved)
+            losses = [ours.loss, *(side.loss for side in found)]
+            yield Comparison("6 updates", f"loss of state {k}", losses)
             if k < steps:
                 step(ours.leaves)
-                for side, optimizer in optimizers.items():
-                    side.step(optimizer)
+                for update in modules.values():
+                    update()
         self.load(start)
         self.exact.torch.load(self.table.to_torch(start))
 
@@ -266,17 +266,16 @@ def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
 def _rows(rung: list, dtype: str) -> list[Row]:
     if isinstance(rung[0], Row):
         return rung
-    if dtype == "float64":
-        errors = [relative(found.ours, found.theirs) for found in rung]
-        tolerances, notes = [FLOAT64_TOLERANCE] * len(rung), [""] * len(rung)
-    else:
-        own = [[relative(side, c.exact) for side in (c.ours, c.theirs)] for c in rung]
-        errors, tolerances = own_rounding(*np.array(own).T)
-        notes = [f"JAX rounds {a:.1e}, PyTorch {b:.1e}" for a, b in own]
+    own = [[relative(side, found.sides[-1]) for side in found.sides[:2]] for found in rung]
+    errors, tolerances = own_rounding(*np.array(own).T)
     rows = []
-    for found, *law, note in zip(rung, errors, tolerances, notes, strict=True):
-        ours, theirs = found.ours.shape, found.theirs.shape
+    for found, (a, b), error, tolerance in zip(rung, own, errors, tolerances, strict=True):
+        note = f"JAX rounds {a:.1e}, PyTorch {b:.1e}"
+        if dtype == "float64":
+            error, tolerance, note = relative(*found.sides[:2]), FLOAT64_TOLERANCE, ""
+        ours, theirs = (list(side.shape) for side in found.sides[:2])
         if ours != theirs:
-            note = f"JAX {list(ours)}, PyTorch {list(theirs)}"
-        rows.append(Row(found.rung, dtype, found.place, *map(float, law), found.after, note))
+            note = f"JAX {ours}, PyTorch {theirs}"
+        law = float(error), float(tolerance)
+        rows.append(Row(found.rung, dtype, found.place, *law, found.after, note))
     return rows

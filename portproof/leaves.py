@@ -31,12 +31,12 @@ class Part(NamedTuple):
     """A leaf of JAX, or one layer of it, in PyTorch's orientation."""
 
     path: str
-    index: int | None
+    layer: int | None
     transposed: bool
 
     def of(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """A view: what is written there is written into the leaf."""
-        leaf = leaves[self.path] if self.index is None else leaves[self.path][self.index]
+        leaf = leaves[self.path] if self.layer is None else leaves[self.path][self.layer]
         return leaf.swapaxes(-1, -2) if self.transposed else leaf
 
 
@@ -107,11 +107,11 @@ def _listed(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _spelled(theirs: tuple, ours: tuple, i: int | None) -> tuple:
-    parts = []
-    for path in ours:
-        index = i if "{i}" not in path else None
-        name = path.removesuffix(".T").replace("{i}", str(i))
-        parts.append(Part(name, index, path.endswith(".T")))
+    names = [path.removesuffix(".T").replace("{i}", str(i)) for path in ours]
+    parts = [
+        Part(name, None if "{i}" in path else i, path.endswith(".T"))
+        for name, path in zip(names, ours, strict=True)
+    ]
     return tuple(name.replace("{i}", str(i)) for name in theirs), tuple(parts)
 
 
@@ -124,9 +124,10 @@ def _lost(side: str, named: list[str], shapes: Shapes) -> list[str]:
 
 
 def _require_shapes(spelled: list, torch_shapes: Shapes, jax_shapes: Shapes) -> None:
-    wrong, layers = [], {}
-    for part in (part for _, parts in spelled for part in parts if part.index is not None):
-        layers.setdefault(part.path, set()).add(part.index)
+    wrong: list[str] = []
+    layers: dict[str, set] = {}
+    for part in (part for _, parts in spelled for part in parts if part.layer is not None):
+        layers.setdefault(part.path, set()).add(part.layer)
     for path, indices in layers.items():
         if indices != set(range((*jax_shapes[path], 0)[0])):
             shape = list(jax_shapes[path])

@@ -26,7 +26,6 @@ def page(report: Report) -> str:
         f'<!doctype html><meta charset="utf-8"><title>Port</title><style>{STYLE}</style>',
         f'<h1>PyTorch and JAX</h1><p class="verdict">{verdict}</p>',
         _operations(report),
-        _drift(report),
         *(_details(rung, dtype, rows, report) for (rung, dtype), rows in report.groups().items()),
         f"<details><summary>as printed</summary><pre>{html.escape(str(report))}</pre></details>",
     ]
@@ -69,22 +68,6 @@ def _cell(x: float, y: float, row: Row, report: Report) -> str:
         f'<rect x="{x + 2}" y="{y + 2}" width="{CELL - 4}" height="{STEP - 4}" fill="{color}"'
         f"{faint}{border}><title>{html.escape(str(row))}</title></rect>"
         + (_text(x + 12, y + 14, "✗") if first else "")
-    )
-
-
-def _drift(report: Report) -> str:
-    """The distance of the losses over the states of training."""
-    marks, drift = (
-        [_text(LABEL, 14, "distance of the losses over the updates, on a log scale")],
-        report.drift(),
-    )
-    for errors, color in zip(drift.values(), ("#06c", "#c60"), strict=False):
-        steps = [(LABEL + _scale(error), 50 + 14 * k) for k, error in enumerate(errors)]
-        marks.append(_line(steps, color, ""))
-        marks += [_text(LABEL - 8, 54 + 14 * k, f"state {k}", "end") for k in range(len(steps))]
-    height = 14 * max(map(len, drift.values()), default=0)
-    return (
-        _svg(LABEL + PLOT + 20, height + 60, [*marks, *_axis(LABEL, 44, height)]) if drift else ""
     )
 
 

@@ -20,7 +20,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
 
 
-def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, ...]:
     """(errors, tolerances) of a rung in float32, from each side's distances from float64.
 
     In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
@@ -28,13 +28,12 @@ def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, np.nda
     other: at most FACTOR times the other's error at the same place, or over the whole rung (root
     mean square, for at one place chance rules), or FLOOR, a few last bits.
     """
-    excess = []
-    for own, other in ((jax, torch), (torch, jax)):
-        allowed = FACTOR * np.maximum(np.maximum(other, np.sqrt(np.mean(other**2))), FLOOR)
-        excess.append((own, allowed))
-    (a, a_allowed), (b, b_allowed) = excess
-    worse = ~(a / a_allowed < b / b_allowed)  # NaN is worse
-    return np.where(worse, a, b), np.where(worse, a_allowed, b_allowed)
+    own = np.stack([jax, torch])
+    other = np.where(np.isfinite(own), own, 0)[::-1]  # what is not finite allows nothing
+    typical = np.sqrt(np.mean(other**2, axis=1, keepdims=True))
+    allowed = FACTOR * np.maximum(np.maximum(other, typical), FLOOR)
+    worse = (own / allowed).argmax(axis=0)  # NaN is the largest
+    return tuple(np.take_along_axis(a, worse[None], axis=0)[0] for a in (own, allowed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,9 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'rung':21}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
         for (rung, dtype), rows in self.groups().items():
-            worst = max(rows, key=lambda row: _sortable(row.error / (row.tolerance or 1e-300)))
+            worst = max(
+                rows, key=lambda row: np.nan_to_num(row.error / (row.tolerance or 1), nan=np.inf)
+            )
             differ = sum(not row.passed for row in rows)
             lines.append(
                 f"{rung:21}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
@@ -130,10 +131,6 @@ class Report:
         from portproof.page import page
 
         Path(path).write_text(page(self), encoding="utf-8")
-
-
-def _sortable(error: float) -> float:
-    return np.inf if np.isnan(error) else error
 
 
 def _folded(places: Sequence[str], n: int = 4) -> str:

@@ -56,7 +56,8 @@ class Listener(TorchFunctionMode):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        hooks = []
+        before, hooks = torch.get_default_dtype(), []
+        torch.set_default_dtype(torch.float64 if self.wide else torch.float32)
         for path, module in self.model.named_modules():
             enter, leave = (functools.partial(f, path) for f in (self._enter, self._leave))
             hooks.append(module.register_forward_pre_hook(enter))
@@ -65,6 +66,7 @@ class Listener(TorchFunctionMode):
             with self:
                 yield
         finally:
+            torch.set_default_dtype(before)
             for hook in hooks:
                 hook.remove()
 
@@ -182,9 +184,9 @@ class TorchSide:
         self.port, self.dtype = port, getattr(torch, dtype)
         self.is_wide = dtype == "float64"
         self.batch = as_arrays(port.batch, dtype, to_torch)
-        with stops("PyTorch", "made"), self._dtype():
-            with Listener(torch.nn.Module(), set(), None, self.is_wide):
-                self.model = port.torch_model()
+        nothing = Listener(torch.nn.Module(), set(), None, self.is_wide)
+        with stops("PyTorch", "made"), nothing.listening():
+            self.model = port.torch_model()
             self.parameters = dict(self.model.to(self.dtype).named_parameters())
 
     def named(self, gradients: bool = False) -> dict[str, np.ndarray]:
@@ -207,7 +209,7 @@ class TorchSide:
         self.model.train(train)
         self.model.zero_grad(set_to_none=True)
         listener = Listener(self.model, {*wanted}, masks, self.is_wide)
-        with self._dtype(), listener.listening():
+        with listener.listening():
             with stops("PyTorch", "forward", listener.running):
                 logits = listener.tap("logits", self.port.forward(self.model, self.batch))
             if logits.dtype != self.dtype:
@@ -223,19 +225,13 @@ class TorchSide:
         listener.found.leaves = self.named(gradients=True)
         return listener
 
-    def optimizer(self) -> Any:
-        with stops("PyTorch", "optimizer"):
-            return self.port.optimizers[1](self.model)
-
-    def step(self, optimizer: Any) -> None:
+    def updates(self) -> Callable:
+        """A function that takes a step with the gradients that are there."""
         with stops("PyTorch", "update"):
-            optimizer.step()
+            optimizer = self.port.optimizers[1](self.model)
 
-    @contextlib.contextmanager
-    def _dtype(self) -> Iterator[None]:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        def step() -> None:
+            with stops("PyTorch", "update"):
+                optimizer.step()
+
+        return step

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import re
 import sys
 
 import jax
@@ -17,6 +18,7 @@ import portproof
 from portproof import leaves, report, taps, torch_side
 from tests.tiny import ROOT
 
+slow = pytest.mark.slow
 V, D, L, DEPTH = 29, 6, 5, 3
 
 
@@ -188,6 +190,8 @@ def test_nan_and_another_shape_differ():
     assert not row.passed
     errors, tolerances = report.own_rounding(np.array([np.nan, 1e-7]), np.array([1e-7, 1e-7]))
     assert list(errors <= tolerances) == [False, True]
+    errors, tolerances = report.own_rounding(np.array([1e-7, 1e-7]), np.array([np.inf, 1e-7]))
+    assert list(errors <= tolerances) == [False, True]
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -357,7 +361,27 @@ def test_attention_by_hand_is_the_fused_one(options):
     torch.testing.assert_close(found, expected)
 
 
-# ---- the examples -------------------------------------------------------------------------------
+# ---- the page of a port, and the examples --------------------------------------------------------
+
+
+def without_figures(printed):
+    """What is the same on every machine: the rungs, how many differ, and the first place."""
+    return re.sub(r"  \S+ of \S+, .*|drift .*|[0-9]e[-+][0-9]+", "", printed)
+
+
+@slow
+def test_the_page_prints_what_it_says(capsys):
+    text = (ROOT / "docs/port_your_own.md").read_text()
+    codes = re.findall(r"<!-- run -->\n```python\n(.*?)```", text, re.S)
+    printed = re.findall(r"<!-- printed -->\n```text\n(.*?)```", text, re.S)
+    assert len(codes[0].splitlines()) <= 60
+    assert "first difference: block 0: attention" in printed[0]
+    assert printed[1].endswith("equal at every place\n")
+    assert len(codes) == text.count("```python")
+    names: dict = {}
+    for code in codes:
+        exec(code, names)
+    assert without_figures(capsys.readouterr().out) == without_figures("".join(printed))
 
 
 @pytest.fixture
@@ -366,7 +390,6 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-slow = pytest.mark.slow
 EXAMPLES = ["model1", *(pytest.param(name, marks=slow) for name in ("llama", "gpt2", "model5"))]
 
 
