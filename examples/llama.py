@@ -3,6 +3,7 @@
 python examples/llama.py [--fault NAME] [--html FILE]
 """
 
+from functools import partial
 from unittest import mock
 
 import jax.numpy as jnp
@@ -47,7 +48,6 @@ TAPS = [
     ("layer {i}: rotated q", f"{ATTENTION}>matmul:in0", "rotated q"),
     ("layer {i}: weights", f"{ATTENTION}>softmax", "weights"),
     ("layer {i}: attention", f"{ATTENTION}.o_proj:in0", "layers/{i}/attn/out:in0"),
-    ("layer {i}: out", f"{ATTENTION}.o_proj", "layers/{i}/attn/out"),
     ("layer {i}: norm 2", f"{LAYER}.post_attention_layernorm", "layers/{i}/norm_2"),
     ("layer {i}: SwiGLU", f"{LAYER}.mlp.down_proj:in0", "layers/{i}/down:in0"),
     ("layer {i}: output", LAYER, "layers/{i}"),
@@ -69,16 +69,13 @@ def port():
     )
 
 
-def rotate_neighbours(x, rotate=llama_nnx.rotate):
-    """The papers' pairs, features 0 and 1, 2 and 3, ...; transformers' are half a head apart."""
-    return rotate(jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1))
-
-
+rotate = llama_nnx.rotate
+# The papers' pairs are features 0 and 1, 2 and 3, ...; transformers' are half a head apart.
+NEIGHBOURS = jnp.array([0, 2, 4, 1, 3, 5])
+TILED = partial(jnp.tile, reps=(1, H // G, 1, 1))
 FAULTS = {
-    "pairs": lambda: mock.patch.object(llama_nnx, "rotate", rotate_neighbours),
-    "groups": lambda: mock.patch.object(
-        llama_nnx, "repeat", lambda x_BxGxLxK: jnp.tile(x_BxGxLxK, (1, H // G, 1, 1))
-    ),
+    "pairs": lambda: mock.patch.object(llama_nnx, "rotate", lambda x: rotate(x[..., NEIGHBOURS])),
+    "groups": lambda: mock.patch.object(llama_nnx, "repeat", TILED),
     "gelu": lambda: mock.patch.object(nnx, "silu", nnx.gelu),
 }
 

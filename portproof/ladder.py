@@ -182,9 +182,8 @@ class Pair:
     def shares(self, drawn: dict[str, Share]) -> Iterator[Row]:
         """Each side drops as often as the rate says, PyTorch by its own draw."""
         for site, masks in self.jax_masks().items():
-            own = Share(drawn[site].rate)
-            for keep in masks:
-                own.count(keep == 0)
+            kept = np.concatenate([mask.ravel() for mask in masks])
+            own = Share(int((kept == 0).sum()), kept.size, drawn[site].rate)
             for side, share in (("JAX", own), ("PyTorch", drawn[site])):
                 note = f"{share.dropped} of {share.n} at rate {share.rate:g}, in deviations"
                 place, error = f"{side} at {site}", share.deviations()

@@ -18,12 +18,7 @@ class BadInput(Exception):
 
 
 class Stopped(Exception):
-    """An exception inside one of the two models: a verdict, for the other side goes on."""
-
-    def __init__(self, side: str, doing: str, place: str, error: BaseException):
-        message = " ".join(str(error).split())[:300]
-        self.place = f"{side}, {doing}" + (f", {place}" if place else "")
-        super().__init__(f"{self.place}: {type(error).__name__}: {message}")
+    """An exception inside one of the two models, which is a verdict."""
 
 
 @contextlib.contextmanager
@@ -34,7 +29,9 @@ def stops(side: str, doing: str, running: Sequence[str] = ()) -> Iterator[None]:
     except (BadInput, Stopped):
         raise
     except Exception as error:
-        raise Stopped(side, doing, running[-1] if running else "", error) from error
+        place = ", ".join(filter(None, [side, doing, *running[-1:]]))
+        message = " ".join(str(error).split())[:300]
+        raise Stopped(f"{place}: {type(error).__name__}: {message}") from error
 
 
 def next_token_jax(logits_BxLxV: Any, tokens_BxL: Any) -> Any:

@@ -5,12 +5,11 @@ softmax so), the mode gives it float64.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +22,12 @@ DROPOUT, ATTENTION = F.dropout, F.scaled_dot_product_attention
 Masks = Mapping[str, Sequence[np.ndarray]]
 
 
-@dataclasses.dataclass
-class Share:
+class Share(NamedTuple):
     """How much one site dropped of what it could."""
 
+    dropped: int
+    n: int
     rate: float
-    dropped: int = 0
-    n: int = 0
-
-    def count(self, dropped: Any) -> None:
-        self.dropped += int(dropped.sum())
-        self.n += math.prod(dropped.shape)
 
     def deviations(self) -> float:
         """The share's distance from the rate in standard deviations of a fair draw."""
@@ -115,7 +109,8 @@ class Listener(TorchFunctionMode):
         if self.masks is not None:
             return x * self._mask(path, x) / (1 - p)
         result = DROPOUT(x, p, True)
-        self.shares.setdefault(path, Share(p)).count(result[x != 0] == 0)
+        dropped = result[x != 0] == 0
+        self.shares[path] = Share(int(dropped.sum()), dropped.numel(), p)
         return result
 
     def _attention(self, path: str, q: Any, k: Any, v: Any, mask: Any = None, **how: Any) -> Any:
