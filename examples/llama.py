@@ -22,8 +22,7 @@ THEIRS = LlamaConfig(
     num_attention_heads=H, num_key_value_heads=G, attention_dropout=RATE, rms_norm_eps=1e-5,
     tie_word_embeddings=False, attn_implementation="eager",
 )  # fmt: skip
-LAYER = "model.layers.{i}"
-ATTENTION = f"{LAYER}.self_attn"
+LAYER, ATTENTION = "model.layers.{i}", "model.layers.{i}.self_attn"
 
 
 def apply(params, tokens_BxL, key, deterministic):
@@ -48,7 +47,6 @@ TAPS = [
     ("layer {i}: rotated q", f"{ATTENTION}>matmul:in0", "rotated q"),
     ("layer {i}: weights", f"{ATTENTION}>softmax", "weights"),
     ("layer {i}: attention", f"{ATTENTION}.o_proj:in0", "layers/{i}/attn/out:in0"),
-    ("layer {i}: norm 2", f"{LAYER}.post_attention_layernorm", "layers/{i}/norm_2"),
     ("layer {i}: SwiGLU", f"{LAYER}.mlp.down_proj:in0", "layers/{i}/down:in0"),
     ("layer {i}: output", LAYER, "layers/{i}"),
     ("norm", "model.norm", "norm"),
@@ -69,10 +67,9 @@ def port():
     )
 
 
-rotate = llama_nnx.rotate
 # The papers' pairs are features 0 and 1, 2 and 3, ...; transformers' are half a head apart.
 NEIGHBOURS = jnp.array([0, 2, 4, 1, 3, 5])
-TILED = partial(jnp.tile, reps=(1, H // G, 1, 1))
+rotate, TILED = llama_nnx.rotate, partial(jnp.tile, reps=(1, H // G, 1, 1))
 FAULTS = {
     "pairs": lambda: mock.patch.object(llama_nnx, "rotate", lambda x: rotate(x[..., NEIGHBOURS])),
     "groups": lambda: mock.patch.object(llama_nnx, "repeat", TILED),

@@ -25,13 +25,13 @@ def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, ...]:
 
     In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
     errors, whatever these are. What is left to prove is that neither side rounds more than the
-    other: at most FACTOR times the other's error at the same place, or over the whole rung (root
-    mean square, for at one place chance rules), or FLOOR, a few last bits.
+    other: at most FACTOR times the other's largest error of the rung (at one place chance rules:
+    Adam divides a small gradient by itself), or of FLOOR, a few last bits.
     """
     own = np.stack([jax, torch])
     other = np.where(np.isfinite(own), own, 0)[::-1]  # what is not finite allows nothing
-    typical = np.sqrt(np.mean(other**2, axis=1, keepdims=True))
-    allowed = FACTOR * np.maximum(np.maximum(other, typical), FLOOR)
+    largest = other.max(axis=1, keepdims=True)
+    allowed = FACTOR * np.maximum(largest, FLOOR) * np.ones_like(own)
     worse = (own / allowed).argmax(axis=0)  # NaN is the largest
     return tuple(np.take_along_axis(a, worse[None], axis=0)[0] for a in (own, allowed))
 
