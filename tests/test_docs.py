@@ -47,7 +47,16 @@ def test_the_map_names_every_file(render):
     mapped = set(re.findall(r"^\| `([\w/.]+)` \|", text, re.M))
     files = {
         str(path.relative_to(ROOT))
-        for folder in ("jax_model5", "torch_ref", "lessons", "parity_tests", "tests", "docs")
+        for folder in (
+            "jax_model5",
+            "torch_ref",
+            "portproof",
+            "examples",
+            "lessons",
+            "parity_tests",
+            "tests",
+            "docs",
+        )
         for path in (ROOT / folder).rglob("*.py")
         if path.name not in ("__init__.py", "conftest.py")
     }

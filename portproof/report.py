@@ -1,0 +1,138 @@
+"""The verdict: every comparison, in order, and the first that differs."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+FLOAT64_TOLERANCE = 1e-12
+FACTOR, FLOOR = 8.0, 2.0**-22
+"""Of float32's law, `own_rounding`."""
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """||found - expected|| / ||expected|| in float64; inf where the shapes differ."""
+    if found.shape != expected.shape:
+        return np.inf
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    norm = np.linalg.norm(expected)
+    return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
+
+
+def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(errors, tolerances) of a rung in float32, from each side's distances from float64.
+
+    In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
+    errors, whatever these are. What is left to prove is that neither side rounds more than the
+    other: at most FACTOR times the other's largest error of the rung (at one place chance rules:
+    Adam divides a small gradient by itself), or of FLOOR, a few last bits.
+    """
+    own = np.stack([jax, torch])
+    other = np.where(np.isfinite(own), own, 0)[::-1]  # what is not finite allows nothing
+    largest = other.max(axis=1, keepdims=True)
+    allowed = FACTOR * np.maximum(largest, FLOOR) * np.ones_like(own)
+    worse = (own / allowed).argmax(axis=0)  # NaN is the largest
+    return tuple(np.take_along_axis(a, worse[None], axis=0)[0] for a in (own, allowed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison; `after` is the place before it, the last that was equal if this differs."""
+
+    rung: str
+    dtype: str
+    place: str
+    error: float
+    tolerance: float
+    after: str = ""
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # NaN fails
+
+    def __str__(self) -> str:
+        equal = f"; equal up to {self.after}" if self.after else ""
+        of = f": the gradient of {self.place}" if self.culprit != self.place else ""
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.culprit}{of} [{self.rung}, {self.dtype}]: error {self.error:.1e}, tolerance "
+            f"{self.tolerance:.1e}{note}{equal}"
+        )
+
+    @property
+    def culprit(self) -> str:
+        """What is to blame if this is the first that differs.
+
+        A gradient is computed by the backward pass of the operation after it.
+        """
+        return f"{self.after}, backward" if self.rung.endswith("backward") else self.place
+
+
+@dataclasses.dataclass
+class Report:
+    """All rows; `stopped` is the message of a model that raised."""
+
+    rows: list[Row]
+    stopped: str = ""
+
+    @property
+    def first(self) -> Row | None:
+        return next((row for row in self.rows if not row.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        return not self.stopped and self.first is None
+
+    @property
+    def verdict(self) -> str:
+        first = f"first difference: {self.first}" if self.first else ""
+        stop = f"stopped in {self.stopped}" if self.stopped else ""
+        return "; ".join(filter(None, (first, stop))) or "equal at every place"
+
+    def __str__(self) -> str:
+        lines = [f"{'rung':21}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
+        for (rung, dtype), rows in self.groups().items():
+            worst = max(
+                rows, key=lambda row: np.nan_to_num(row.error / (row.tolerance or 1), nan=np.inf)
+            )
+            differ = sum(not row.passed for row in rows)
+            lines.append(
+                f"{rung:21}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
+                f"{worst.tolerance:.1e}, {worst.place}"
+            )
+        for dtype, errors in self.drift().items():
+            lines.append(f"drift of the loss, {dtype}: " + " ".join(f"{e:.0e}" for e in errors))
+        lines.append(self.verdict)
+        following = [row for row in self.rows if not row.passed and row is not self.first]
+        if following:
+            places = list(dict.fromkeys(row.place for row in following))
+            lines.append(f"what follows: {len(following)} more, {_folded(places)}")
+        return "\n".join(lines)
+
+    def groups(self) -> dict[tuple[str, str], list[Row]]:
+        """The rows of each rung in each dtype."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.rung, row.dtype), []).append(row)
+        return groups
+
+    def drift(self) -> dict[str, list[float]]:
+        """How far the losses of the states are apart, in each dtype; relative."""
+        losses: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row.place.startswith("loss of state"):
+                losses.setdefault(row.dtype, []).append(row.error)
+        return losses
+
+    def html(self, path: str | Path) -> None:
+        """Writes everything as one page."""
+        from portproof.page import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+
+def _folded(places: Sequence[str], n: int = 4) -> str:
+    more = f", ... and {len(places) - n} places" if len(places) > n else ""
+    return ", ".join(places[:n]) + more

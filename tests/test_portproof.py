@@ -1,0 +1,438 @@
+"""A port is proved equal, a planted mistake is named where it is, and bad input is one line."""
+
+import dataclasses
+import functools
+import importlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import torch.nn.functional as F
+
+import portproof
+from portproof import leaves, report, taps, torch_side
+from tests.tiny import ROOT
+
+slow = pytest.mark.slow
+V, D, L, DEPTH = 29, 6, 5, 3
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(D, D)
+
+    def forward(self, x_BxLxD):
+        h_BxLxD = F.dropout(torch.tanh(self.fc(x_BxLxD)), 0.3, self.training)
+        return x_BxLxD + h_BxLxD
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(V, D)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(DEPTH))
+        self.head = torch.nn.Linear(D, V, bias=False)
+
+    def forward(self, tokens_BxL):
+        x_BxLxD = self.embed(tokens_BxL)
+        for block in self.blocks:
+            x_BxLxD = block(x_BxLxD)
+        return self.head(x_BxLxD)
+
+
+def tiny(params, tokens_BxL, key, deterministic, rate=0.3, keep=0.7, fc=jnp.matmul):
+    """The same, scanned."""
+
+    def block(x_BxLxD, layer):
+        kernel_DxD, bias_D, key = layer
+        h_BxLxD = portproof.tap("tanh", jnp.tanh(fc(x_BxLxD, kernel_DxD) + bias_D))
+        if not deterministic:
+            kept = portproof.mask("kept", jax.random.bernoulli(key, keep, h_BxLxD.shape))
+            h_BxLxD = jnp.where(kept, h_BxLxD / (1 - rate), 0)
+        return portproof.tap("block", x_BxLxD + h_BxLxD), None
+
+    x_BxLxD = portproof.tap("embedding", params["embed"][tokens_BxL])
+    layers = params["kernel"], params["bias"], jax.random.split(key, DEPTH)
+    x_BxLxD, _ = jax.lax.scan(block, x_BxLxD, layers)
+    return x_BxLxD @ params["head"]
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+PORT = portproof.Port(
+    torch_model=Tiny,
+    jax_model=tiny,
+    params={
+        "embed": shape(V, D),
+        "kernel": shape(DEPTH, D, D),
+        "bias": shape(DEPTH, D),
+        "head": shape(D, V),
+    },
+    leaves=[
+        ("embed.weight", "embed"),
+        ("blocks.{i}.fc.weight", "kernel.T"),
+        ("blocks.{i}.fc.bias", "bias"),
+        ("head.weight", "head.T"),
+    ],
+    taps=[
+        ("embedding", "embed", "embedding"),
+        ("block {i}: tanh", "blocks.{i}>tanh", "tanh"),
+        ("block {i}", "blocks.{i}", "block"),
+    ],
+    masks=[("blocks.{i}", "kept")],
+    batch=portproof.tokens(40, L, vocab=V),
+    optimizers=(
+        optax.adamw(1e-3, weight_decay=0.01),
+        lambda module: torch.optim.AdamW(module.parameters(), 1e-3),
+    ),
+)
+
+
+def changed(**fields):
+    return dataclasses.replace(PORT, **fields)
+
+
+def with_model(**changes):
+    return changed(jax_model=functools.partial(tiny, **changes))
+
+
+# ---- what is equal, and what is not -------------------------------------------------------------
+
+
+def test_equal_models_are_proved_equal():
+    proved = portproof.prove(PORT)
+    assert proved.passed, proved
+    rungs = {row.rung[0] for row in proved.rows}
+    assert rungs == set("12345678")
+    assert str(proved).endswith("equal at every place")
+
+
+def rounded(x, kernel):
+    return (x.astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16)).astype(x.dtype)
+
+
+def bfloat16_in_float32(x, kernel):
+    return (rounded if x.dtype == jnp.float32 else jnp.matmul)(x, kernel)
+
+
+@jax.custom_vjp
+def doubled(x, kernel):
+    return x @ kernel
+
+
+doubled.defvjp(
+    lambda x, kernel: (x @ kernel, (x, kernel)),
+    lambda saved, g: jax.vjp(jnp.matmul, *saved)[1](2 * g),
+)
+
+
+def exchanged(x_BxLxD, kernel_DxD):
+    return x_BxLxD @ kernel_DxD.T
+
+
+@pytest.mark.parametrize(
+    ("changes", "rung", "culprit"),
+    [
+        ({"fc": exchanged}, "2 taps forward", "block 0: tanh"),
+        ({"fc": doubled}, "4 taps backward", "block 2: tanh, backward"),
+        ({"rate": 0.4}, "7 dropout, forward", "block 0"),
+        ({"rate": 0.4, "keep": 0.6}, "7 dropout, forward", "block 0"),
+        ({"keep": 0.6}, "7 dropout, shares", "JAX at blocks.0"),
+    ],
+)
+def test_the_first_place_that_differs_is_the_planted_one(changes, rung, culprit):
+    proved = portproof.prove(with_model(**changes), float32=False)
+    assert (proved.first.rung, proved.first.culprit) == (rung, culprit), proved
+
+
+def test_float32_sees_one_side_that_computes_in_bfloat16():
+    proved = portproof.prove(with_model(fc=bfloat16_in_float32))
+    assert (proved.first.dtype, proved.first.culprit) == ("float32", "block 0: tanh"), proved
+
+
+def test_a_wrong_update_is_seen():
+    wrong = optax.adam(1e-3), PORT.optimizers[1]
+    proved = portproof.prove(changed(optimizers=wrong), float32=False)
+    assert proved.first.rung == "6 updates"
+    assert proved.first.place.endswith("moved by 1")
+
+
+@pytest.mark.parametrize("doing", ["forward", "backward", "update"])
+def test_a_model_that_raises_is_a_verdict(doing, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no such thing")
+
+    port = PORT
+    if doing == "forward":
+        monkeypatch.setattr(Block, "forward", fails)
+    elif doing == "backward":
+        raises = jax.custom_vjp(jnp.matmul)
+        raises.defvjp(lambda x, kernel: (x @ kernel, None), fails)
+        port = with_model(fc=raises)
+    else:
+        port = changed(optimizers=(optax.stateless(fails), PORT.optimizers[1]))
+    assert ends(port, monkeypatch) == 1
+    side = "PyTorch, forward, blocks.0" if doing == "forward" else f"JAX, {doing}"
+    assert f"stopped in {side}: RuntimeError: no such thing" in capsys.readouterr().out
+
+
+def test_nan_and_another_shape_differ():
+    assert report.relative(np.zeros(3), np.zeros(4)) == np.inf
+    row = report.Row("2 taps forward", "float64", "x", np.nan, 1.0)
+    assert not row.passed
+    errors, tolerances = report.own_rounding(np.array([np.nan, 1e-7]), np.array([1e-7, 1e-7]))
+    assert list(errors <= tolerances) == [False, True]
+    errors, tolerances = report.own_rounding(np.array([1e-7, 1e-7]), np.array([np.inf, 1e-7]))
+    assert list(errors <= tolerances) == [False, True]
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+def ends(port, monkeypatch, *options):
+    """The exit code of a program that proves it."""
+    monkeypatch.setattr(sys, "argv", ["port.py", "--dtype", "float64", *options])
+    with pytest.raises(SystemExit) as ended:
+        portproof.main(lambda: port)
+    return ended.value.code
+
+
+def draws(params, tokens, key, deterministic):
+    return tiny(params, tokens, key, deterministic=False)
+
+
+class Noisy(Tiny):
+    def forward(self, tokens):
+        return super().forward(tokens) * torch.rand(())
+
+
+LEAVES, TAPS = list(PORT.leaves), list(PORT.taps)
+BAD = {
+    "a leaf that is missing": (
+        {"leaves": [*LEAVES[:2], ("blocks.{i}.fc.bais", "bias"), ("head.weight", "had.T")]},
+        "blocks.{i}.fc.bais (nearest: blocks.",
+    ),
+    "all leaves at once": (
+        {"leaves": [*LEAVES[:1], ("blocks.{i}.fc.bais", "bias"), ("head.weight", "had.T")]},
+        "JAX's had (nearest: head",
+    ),
+    "a shape": ({"leaves": [*LEAVES[:3], ("head.weight", "head")]}, "head.weight [29, 6]"),
+    "a stack": ({"params": PORT.params | {"bias": shape(2, D)}}, "bias [2, 6] is a stack of"),
+    "a tap of PyTorch": (
+        {"taps": [*TAPS, ("x", "blocks.0.fd", "block")]},
+        "PyTorch's taps that never fire: blocks.0.fd (nearest: blocks.0.fc",
+    ),
+    "a tap of JAX": ({"taps": [*TAPS, ("x", "head", "tahn")]}, "fire: tahn (nearest: tanh"),
+    "a mask": ({"masks": [("blocks.{i}", "keeps")]}, "JAX's masks that never fire: keeps"),
+    "no masks": ({"masks": []}, "PyTorch drops at blocks.0, blocks.1, blocks.2 beyond"),
+    "randomness in JAX": ({"jax_model": draws}, "JAX's result changes with the key"),
+    "randomness in PyTorch": ({"torch_model": Noisy}, "PyTorch's two runs in eval mode differ"),
+    "float32 in JAX": (
+        {"jax_model": functools.partial(tiny, fc=rounded)},
+        "JAX rounds float64 to bfloat16 at test_portproof.py:",
+    ),
+    "float32 in PyTorch": (
+        {"forward": lambda model, tokens: model(tokens).half()},
+        "PyTorch's logits are torch.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, monkeypatch, capsys):
+    fields, words = BAD[case]
+    assert ends(changed(**fields), monkeypatch) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert words in line
+
+
+# ---- the table of leaves ------------------------------------------------------------------------
+
+ROWS = [
+    (["a.{i}.q", "a.{i}.k"], "qk.T"),  # joined there, stacked here
+    ("a.{i}.g", ["left/{i}", "right/{i}"]),  # split here
+    ("a.2.q", "last"),
+]
+TORCH = {f"a.{i}.{n}": (s, 3) for i in range(2) for n, s in (("q", 4), ("k", 2), ("g", 5))}
+TORCH |= {"a.2.q": (2, 2)}
+OURS = {"qk": (2, 3, 6), "last": (2, 2)}
+OURS |= {f"left/{i}": (1, 3) for i in range(2)} | {f"right/{i}": (4, 3) for i in range(2)}
+
+
+def test_leaves_go_there_and_back():
+    table = leaves.table(ROWS, TORCH, OURS)
+    drawn = table.draw()
+    named = table.to_torch(drawn)
+    assert {name: array.shape for name, array in named.items()} == TORCH
+    np.testing.assert_array_equal(named["a.1.k"], drawn["qk"][1].T[4:])
+    np.testing.assert_array_equal(named["a.0.g"][1:], drawn["right/0"])
+    back = table.to_jax(named)
+    for path, leaf in drawn.items():
+        np.testing.assert_array_equal(back[path], leaf)
+
+
+def test_layers_in_each_others_place_are_seen():
+    class Reversed(Tiny):
+        def forward(self, tokens_BxL):
+            self.blocks = self.blocks[::-1]
+            result = super().forward(tokens_BxL)
+            self.blocks = self.blocks[::-1]
+            return result
+
+    proved = portproof.prove(changed(torch_model=Reversed), float32=False)
+    assert not proved.passed
+    assert proved.first.rung == "2 taps forward"
+
+
+# ---- taps and masks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("unroll", [1, 8])
+@pytest.mark.parametrize("depth", [3, 7])
+def test_a_scanned_taps_calls_are_in_order(depth, unroll, remat):
+    """Values and gradients are those of a loop in Python, whatever the compiler makes of it."""
+    kernels = np.random.default_rng(0).normal(0, 0.5, (depth, D, D)).astype(np.float32)
+
+    def block(x, kernel):
+        return x + portproof.tap("h", jnp.tanh(x @ kernel)), None
+
+    def scanned(kernels, zero):
+        taps.differentiate(zero)
+        run = jax.checkpoint(block) if remat else block
+        return (jax.lax.scan(run, jnp.ones((2, D)), kernels, unroll=unroll)[0] ** 2).sum()
+
+    def looped(deltas):
+        x, values = jnp.ones((2, D)), []
+        for kernel, delta in zip(kernels, deltas, strict=True):
+            values.append(jnp.tanh(x @ kernel) + delta)
+            x = x + values[-1]
+        return (x**2).sum(), values
+
+    forward, backward = (taps.Recorder(frozenset("h")) for _ in range(2))
+    with taps.recording(forward):
+        jax.jit(scanned)(kernels, 0.0)
+    jax.clear_caches()
+    with taps.recording(backward):
+        jax.jit(jax.grad(scanned))(kernels, 0.0)
+    deltas = [jnp.zeros((2, D))] * depth
+    gradients, values = jax.grad(looped, has_aux=True)(deltas)
+    np.testing.assert_allclose(forward.values["h"], values, rtol=1e-5)
+    np.testing.assert_allclose(backward.gradients["h"][::-1], gradients, rtol=1e-4)
+    assert len(forward.values["h"]) == depth
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "scale": 0.3},
+        {"enable_gqa": True},
+        {"attn_mask": torch.arange(25).view(5, 5) % 3 > 0},
+        {"attn_mask": torch.arange(25.0).view(5, 5)},
+    ],
+    ids=str,
+)
+def test_attention_by_hand_is_the_fused_one(options):
+    """On a mask that keeps all, up to the rescaling; and the mask drops what it says."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 6).unbind()
+    if options.get("enable_gqa"):
+        k, v = k[:, :2], v[:, :2]
+    keep = np.ones((2, 4, 5, 5), bool)
+    keep[1, 2] = False
+    module = torch.nn.Module()
+    module.forward = lambda q: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, **options)
+    listener = torch_side.Listener(module, set(), {"": [keep]}, wide=False)
+    with listener.listening():
+        found = module(q)
+    expected = 2 * F.scaled_dot_product_attention(q, k, v, **options)
+    expected[1, 2] = 0
+    torch.testing.assert_close(found, expected)
+
+
+# ---- the page of a port, and the examples --------------------------------------------------------
+
+
+def without_figures(printed):
+    """What is the same on every machine: the rungs, how many differ, and the first place."""
+    return re.sub(r"  \S+ of \S+, .*|drift .*|[0-9]e[-+][0-9]+", "", printed)
+
+
+@slow
+def test_the_page_prints_what_it_says(capsys):
+    text = (ROOT / "docs/port_your_own.md").read_text()
+    codes = re.findall(r"<!-- run -->\n```python\n(.*?)```", text, re.S)
+    printed = re.findall(r"<!-- printed -->\n```text\n(.*?)```", text, re.S)
+    assert len(codes[0].splitlines()) <= 60
+    assert "first difference: block 0: attention" in printed[0]
+    assert printed[1].endswith("equal at every place\n")
+    assert len(codes) == text.count("```python")
+    names: dict = {}
+    for code in codes:
+        exec(code, names)
+    assert without_figures(capsys.readouterr().out) == without_figures("".join(printed))
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module
+
+
+EXAMPLES = ["model1", *(pytest.param(name, marks=slow) for name in ("llama", "gpt2", "model5"))]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_equal(name, example, tmp_path):
+    proved = portproof.prove(example(name).port())
+    assert proved.passed, proved
+    proved.html(tmp_path / "page.html")
+    assert "equal at every place" in (tmp_path / "page.html").read_text()
+
+
+@slow
+@pytest.mark.parametrize(("n_layers", "tied"), [(1, True), (3, False)])
+def test_other_configurations_of_gpt2_are_equal(n_layers, tied, example):
+    proved = portproof.prove(example("gpt2").port(n_layers, tied), float32=False)
+    assert proved.passed, proved
+
+
+FOUND = {
+    ("model1", "tanh"): "gelu",
+    ("model1", "no gradient"): "gelu, backward",
+    ("model1", "decay"): "embed/embedding, moved by 1",
+    ("llama", "pairs"): "layer 0: rotated q",
+    ("llama", "groups"): "layer 0: weights",
+    ("llama", "gelu"): "layer 0: SwiGLU",
+    ("gpt2", "epsilon"): "block 0: ln_1",
+    ("gpt2", "heads"): "block 0: attention",
+    ("gpt2", "no gradient"): "block 2: attention, backward",
+    ("model5", "tanh"): "block 0: gelu",
+    ("model5", "unscaled"): "block 0: attention",
+    ("model5", "rate"): "drop",
+}
+
+
+@pytest.mark.parametrize(
+    "planted", [pytest.param(p, marks=() if p[0] == "model1" else slow) for p in FOUND], ids=str
+)
+def test_an_examples_fault_is_named(planted, example, tmp_path):
+    name, fault = planted
+    module = example(name)
+    assert {f for n, f in FOUND if n == name} == module.FAULTS.keys()
+    with module.FAULTS[fault]():
+        proved = portproof.prove(module.port(), float32=False)
+    assert proved.first.culprit == FOUND[planted], proved
+    proved.html(tmp_path / "page.html")
+    assert f"first difference: {FOUND[planted]}" in (tmp_path / "page.html").read_text()
