@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+import portproof
 from jax_model5.config import DataConfig, TrainConfig
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_torch
 from jax_model5.startup import keep_programs
@@ -46,7 +47,7 @@ def main() -> int:
         fault = fault_named(options.inject)
         configs = [fault.marked(config) for config in configs] if fault else configs
         if options.html:
-            write_page(options.html, [], [])  # not after minutes of work
+            write_page(options.html, portproof.Report([], "being measured"), [], [])  # not too late
         with fault.plant() if fault else contextlib.nullcontext():
             return compare(options, configs)
 
@@ -59,9 +60,10 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
         texts.append(text)
 
     rows = [row for config in configs for row in report.rows(config)]
-    say(report.as_text(rows))
-    verdicts = [str(row) for row in rows if not row.passed][:1]
-    if options.drift and not any(row.operation == "parameters" and not row.passed for row in rows):
+    found = report.as_report(rows)
+    print(found.table(), *found.following(), sep="\n", flush=True)
+    verdicts = [found.verdict] if found.first else []
+    if options.drift and not any(row.stage == "parameters" and not row.passed for row in rows):
         drifts = [drift.measure(configs[0], options.drift, dropout) for dropout in (0.0, 0.1)]
         figures.append(drift.plot(drifts))
         for each in drifts:
@@ -69,9 +71,10 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
         verdicts += [str(each) for each in drifts if not each.is_rounding]
     if options.faults:
         verdicts += list(score(say))
+    say(report.covered(rows))
     say("; ".join(verdicts) or "no operation differs beyond its tolerance")
     if options.html:
-        write_page(options.html, texts, figures)
+        write_page(options.html, found, texts, figures)
         print(f"written: {options.html}")
     return 1 if verdicts else 0
 
@@ -91,9 +94,11 @@ def score(say: Callable[[str], None]) -> Iterator[str]:
     say(f"{len(faults.FAULTS)} faults planted, {located} caught and located")
 
 
-def write_page(name: str, texts: Sequence[str], figures: Sequence[Any]) -> None:
+def write_page(
+    name: str, found: portproof.Report, texts: Sequence[str], figures: Sequence[Any]
+) -> None:
     try:
-        page.write(Path(name).expanduser(), texts, figures)
+        page.write(Path(name).expanduser(), found, texts, figures)
     except (OSError, RuntimeError) as error:  # the second: no such user in ~user
         raise UserError(f"html={name!r}: {error}; name another file") from None
 
@@ -116,12 +121,16 @@ def fault_named(name: str | None) -> faults.Fault | None:
     if name == "list":
         print("\n".join(by_name))
         raise SystemExit(0)
-    if name not in by_name:
-        nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)
-        raise UserError(
-            f"inject={name!r}: no such fault; did you mean {nearest[0]!r}? --inject list names all"
+    exact = [known for known in by_name if known.casefold() == name.casefold()]
+    found = exact or [known for known in by_name if name.casefold() in known.casefold()]
+    if len(found) != 1:
+        among = found or difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)
+        which = f"which of {', '.join(map(repr, among))}?" if found else f"{among[0]!r}?"
+        words = (
+            "several faults have this in their name;" if found else "no such fault; did you mean"
         )
-    return by_name[name]
+        raise UserError(f"inject={name!r}: {words} {which} --inject list names all")
+    return by_name[found[0]]
 
 
 if __name__ == "__main__":

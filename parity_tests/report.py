@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+import portproof
 from jax_model5.config import TrainConfig
 from parity_tests import bridge, ladder, spec, taps
 
@@ -36,6 +37,7 @@ class Row:
     tolerance: float
     cause: str = ""
     stack: tuple[str, ...] = ()  # where a model stopped: its functions, the innermost last
+    stage: str = ""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -86,16 +88,16 @@ def rows(config: TrainConfig, first: Sequence[str] = ()) -> Iterator[Row]:
     """
     every = list(stages(config))
     every.sort(key=lambda named: first.index(named[0]) if named[0] in first else len(first))
-    for _, stage in every:
+    for name, stage in every:
         passed = True
         try:
             for row in stage:
                 passed &= row.passed
-                yield row
+                yield dataclasses.replace(row, stage=name)
         except Exception as error:
-            yield _stop(error, config)
+            yield dataclasses.replace(_stop(error, config), stage=name)
             return
-        if row.operation == "parameters" and not passed:
+        if name == "parameters" and not passed:
             return  # the weights of one side do not fit the other: nothing else can be compared
 
 
@@ -319,18 +321,34 @@ def _inputs(pair: ladder.Pair, masks: Any, ours: Side, block: str) -> spec.Input
 
 # ---- for people ---------------------------------------------------------------------------------
 
+_PASSES = {  # stage: what a row of outputs and one of gradients stand under
+    "operations": ("2 taps forward", "4 taps backward"),
+    "operations, dropout on": ("7 dropout, forward", "7 dropout, backward"),
+}
 
-def as_text(rows: Sequence[Row]) -> str:
-    """A line for each comparison: relative and largest absolute error, in each dtype."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    lines: dict[tuple[float, str], dict[str, Row]] = {}
-    for row in rows:
-        lines.setdefault((row.dropout, row.what), {})[row.dtype] = row
-    width = max(len(what) for _, what in lines)
-    head = "".join(f"{dtype:>10}{'max':>10}" for dtype in dtypes)
-    text = [f"{'dropout, what is compared':{width + 5}}{head}"]
-    for (dropout, what), by_dtype in lines.items():
-        errors = "".join(f"{row.error:10.1e}{row.max_abs:10.1e}" for row in by_dtype.values())
-        verdict = "" if all(row.passed for row in by_dtype.values()) else "  DIFFERS"
-        text.append(f"{dropout:<5g}{what:{width}}{errors}{verdict}")
-    return "\n".join(text)
+
+def as_report(rows: Sequence[Row]) -> portproof.Report:
+    """The same for the terminal and the page."""
+    return portproof.Report([_plain(row) for row in rows])
+
+
+def _plain(row: Row) -> portproof.report.Row:
+    name, _, kind = row.what.rpartition(", ")
+    place, after, stage = row.what, "", row.stage
+    if kind in ("output", "gradient"):
+        forward, backward = _PASSES.get(stage, (f"{stage}, forward", f"{stage}, backward"))
+        place, stage = name, forward if kind == "output" else backward
+        after = row.operation.removesuffix(", backward") if kind == "gradient" else ""
+    elif not row.passed:
+        place = f"{row.operation} ({row.what})"
+    fields = stage, row.dtype, place, row.error, row.tolerance
+    return portproof.report.Row(*fields, after=after, note=row.cause)
+
+
+def covered(rows: Sequence[Row]) -> str:
+    """What was compared, in one line, and what was not."""
+    stages = list(dict.fromkeys(row.stage for row in rows))
+    return (
+        f"{len(rows)} figures compared: {', '.join(stages)}; not compared here: a GPU's own "
+        "kernels, PyTorch's bfloat16, data, checkpoints (tests/)"
+    )

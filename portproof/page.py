@@ -40,15 +40,16 @@ def _operations(report: Report) -> str:
             columns.setdefault((row.rung, row.dtype), {})[row.place] = row
     if not columns:
         return ""
-    places = list(next(iter(columns.values())))
+    places = list(max(columns.values(), key=lambda rows: len(rows)))
     left, top = LABEL + CELL * len(columns) + 20, 165
     marks = [_text(LABEL - 8, top + STEP * i + 13, p, "end") for i, p in enumerate(places)]
     for n, ((rung, dtype), rows) in enumerate(columns.items()):
         x = LABEL + CELL * n
         marks.append(_text(x + 20, top - 8, f"{KINDS[rung]}, {dtype}", turned=True))
-        marks += [_cell(x, top + STEP * i, rows[p], report) for i, p in enumerate(places)]
+        found = [(top + STEP * i, rows[p]) for i, p in enumerate(places) if p in rows]
+        marks += [_cell(x, y, row, report) for y, row in found]
         color = "#06c" if dtype == "float64" else "#c60"
-        line = [(left + _scale(rows[p].error), top + STEP * i + 9) for i, p in enumerate(places)]
+        line = [(left + _scale(row.error), y + 9) for y, row in found]
         dash = ' stroke-dasharray="4 3"' if "backward" in rung else ""
         marks.append(_line(line, color, dash))
     marks += _axis(left, top, STEP * len(places))

@@ -92,24 +92,30 @@ class Report:
         return "; ".join(filter(None, (first, stop))) or "equal at every place"
 
     def __str__(self) -> str:
-        lines = [f"{'rung':21}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
+        return "\n".join([self.table(), self.verdict, *self.following()])
+
+    def table(self) -> str:
+        """A line for each rung and dtype: the worst of its places."""
+        width = max([21, *(len(row.rung) + 2 for row in self.rows)])
+        lines = [f"{'rung':{width}}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
         for (rung, dtype), rows in self.groups().items():
             worst = max(
                 rows, key=lambda row: np.nan_to_num(row.error / (row.tolerance or 1), nan=np.inf)
             )
             differ = sum(not row.passed for row in rows)
             lines.append(
-                f"{rung:21}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
+                f"{rung:{width}}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
                 f"{worst.tolerance:.1e}, {worst.place}"
             )
         for dtype, errors in self.drift().items():
             lines.append(f"drift of the loss, {dtype}: " + " ".join(f"{e:.0e}" for e in errors))
-        lines.append(self.verdict)
-        following = [row for row in self.rows if not row.passed and row is not self.first]
-        if following:
-            places = list(dict.fromkeys(row.place for row in following))
-            lines.append(f"what follows: {len(following)} more, {_folded(places)}")
         return "\n".join(lines)
+
+    def following(self) -> list[str]:
+        """What differs after the first, in one line; none where nothing does."""
+        rows = [row for row in self.rows if not row.passed and row is not self.first]
+        places = list(dict.fromkeys(row.place for row in rows))
+        return [f"what follows: {len(rows)} more, {_folded(places)}"] if rows else []
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:
         """The rows of each rung in each dtype."""
