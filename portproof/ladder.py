@@ -248,8 +248,8 @@ def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
     Raises:
       BadInput: the port cannot be measured as it is given.
     """
+    threads, report, pair = torch.get_num_threads(), Report([]), None
     torch.set_num_threads(1)  # of small models the threads only wait for each other
-    report, pair = Report([]), None
     try:
         for dtype in ("float64", "float32")[: 1 + float32]:
             pair = Pair(port, dtype, pair)
@@ -259,6 +259,8 @@ def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
                     return report  # what is left would tell the same again
     except Stopped as stopped:
         report.stopped = str(stopped)
+    finally:
+        torch.set_num_threads(threads)
     return report
 
 
