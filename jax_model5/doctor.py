@@ -159,8 +159,7 @@ def packages() -> Iterator[Finding]:
         distinct.setdefault((need.name, need.specifier), need)
     for need in distinct.values():
         is_extra = need.marker is not None and not need.marker.evaluate({"extra": ""})
-        here = _version(need.name)
-        wanted = f"{need.name}{need.specifier}"
+        here, wanted = _version(need.name), f"{need.name}{need.specifier}"
         if here is None:
             if not is_extra:
                 yield Finding(BAD, need.name, f"is not installed; pip install '{wanted}'")

@@ -108,6 +108,7 @@ def use_device(name: str) -> None:
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
     jax.config.update("jax_num_cpu_devices", 4)  # the rung of four devices
     keep_programs(DataConfig().cache_dir)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a thousand small ones
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no plugin of it is installed

@@ -114,9 +114,12 @@ def inits(config: TrainConfig) -> Iterator[Figure]:
         yield from _leaves(f"PyTorch, init {init}", bridge.from_torch(theirs, c.model), c.model)
 
 
+_init = jax.jit(step.init_state, static_argnames="config")
+
+
 @functools.cache  # PyTorch's faults leave it as it is
 def _of_jax(config: TrainConfig) -> list[Figure]:
-    params = step.init_state(jax.random.key(0), config=config).params
+    params = _init(jax.random.key(0), config=config).params
     return list(_leaves(f"JAX, init {config.model.init}", params, config.model))
 
 

@@ -249,7 +249,7 @@ def logits(config: TrainConfig) -> Comparisons:
     for name, n in (("logits, all positions", config.model.seq_len), ("logits, last position", 1)):
         ours = _logits(pair.params, tokens, config=config, n_last=n)
         yield name, ours, expected[:, -n:]
-    yield "logits, from the KV cache", _cached_logits(pair.params, tokens, config), expected
+    yield "logits, from the KV cache", _cached_logits(pair.params, tokens, config=config), expected
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
@@ -259,7 +259,8 @@ def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int)
     )
 
 
-def _cached_logits(params: Any, tokens_BxL: np.ndarray, config: TrainConfig) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="config")
+def _cached_logits(params: Any, tokens_BxL: jax.Array, *, config: TrainConfig) -> jax.Array:
     """As text is generated: the first half at once, then one token at a time."""
     unstacked, c = generate.unstack(params), config.model
     cache: list = [{}] * c.n_layers
@@ -289,8 +290,12 @@ def position_losses(config: TrainConfig) -> Comparisons:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
-def _position_losses(params: Any, windows: jax.Array, *, config: TrainConfig, n_last: int) -> Any:
-    return losses.position_losses(params, windows, config, n_last=n_last, deterministic=True)
+def _position_losses(
+    params: Any, windows: jax.Array, key: Any = None, *, config: TrainConfig, n_last: int
+) -> jax.Array:
+    """In eval mode without a key."""
+    how = {"n_last": n_last, "deterministic": key is None, "dropout_key": key}
+    return losses.position_losses(params, windows, config, **how)
 
 
 def loss(config: TrainConfig) -> Comparisons:
@@ -467,16 +472,10 @@ def modes(config: TrainConfig) -> Comparisons:
     pair.torch_model.train()
     first, second = (pair.torch_model(windows[:, :-1]).detach() for _ in range(2))
     yield "train mode: PyTorch drops", torch.equal(first, second), False
+    keys = [jax.random.key(seed) for seed in range(2)]
+    n = losses.n_last(config)
     ours_BxN = [
-        losses.position_losses(
-            pair.params,
-            pair.windows,
-            config,
-            n_last=losses.n_last(config),
-            deterministic=False,
-            dropout_key=jax.random.key(seed),
-        )
-        for seed in range(2)
+        _position_losses(pair.params, pair.windows, key, config=config, n_last=n) for key in keys
     ]
     yield "deterministic=False: JAX drops", jnp.array_equal(*ours_BxN), False
     expected_key = pair.key
@@ -510,12 +509,9 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         "loss": (lambda x: losses.nll(x, targets), wide),
     }
     for name, (function, argument) in rounded.items():
-        low = argument.astype(jnp.bfloat16)
-        yield (
-            f"{name} in bfloat16",
-            _is_rounded_once(function(low), function(low.astype(float))),
-            True,
-        )
+        low, function = argument.astype(jnp.bfloat16), jax.jit(function)
+        exact = function(low.astype(float))
+        yield f"{name} in bfloat16", _is_rounded_once(function(low), exact), True
     scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[-1])
     exact = jax.nn.softmax(jnp.where(jnp.tri(L) > 0, scores.astype(float), -jnp.inf))
     found: list[jax.Array] = []
@@ -537,7 +533,9 @@ def on_devices(config: TrainConfig) -> Comparisons:
     """Two steps on a mesh of 2 x 2 devices against one device; none where there are fewer."""
     if len(jax.devices()) < 4:
         return
-    config = dataclasses.replace(config, batch_size=8, mesh=MeshConfig(data=2, fsdp=2), steps=2)
+    two_layers = dataclasses.replace(config.model, n_layers=2)
+    mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 8}
+    config = dataclasses.replace(config, model=two_layers, steps=2, **mesh)
     pair, four = Pair(config), programs.Programs(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, four.abstract_state)
     alone = pair.state()

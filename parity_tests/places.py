@@ -111,7 +111,6 @@ _STAGES = {
     "ln_f at mean 300": ("ln_f",),
     "train and eval mode": ("evaluation", *DROPOUT, "step"),
     "suffix path and KV cache": ("logits", "KV cache"),
-    "frozen leaves": ("optimizer", "step"),
     "four devices": ("step", *DROPOUT, "parameters"),
     "bfloat16": (*NORMS, "attention weights", "gelu", "logits", "loss"),
     "dropout by chance": DROPOUT,

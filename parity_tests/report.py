@@ -62,12 +62,16 @@ def default_config(dtype: str) -> TrainConfig:
     )
     # 6 / 2 rows: the micro-batches of a step.
     config = ladder.case(dtype, "last_k", 6, steps=4, accumulate=2, dropout=0.1, optimizer=clipped)
-    return _with_model(config, n_layers=4, vocab_size=23)
+    # float32's tolerances were measured on two layers.
+    return _with_model(config, n_layers=4 if dtype == "float64" else 2, vocab_size=23)
 
 
 def other_config(config: TrainConfig) -> TrainConfig:
-    """What the default has not: all tokens, tanh, a head of its own, a scanned trunk of 7."""
-    other = dataclasses.replace(config, objective="all_tokens", batch_size=3, accumulate=1, steps=2)
+    """What the default has not: a scanned trunk of 7, tanh, an untied head, frozen leaves."""
+    frozen = dataclasses.replace(config.optimizer, freeze=("wpe", "head"))
+    other = dataclasses.replace(
+        config, objective="all_tokens", batch_size=3, accumulate=1, steps=2, optimizer=frozen
+    )
     return _with_model(
         other, n_layers=8, gelu="tanh", tied_head=False, scale_logits=False, remat="full"
     )
@@ -119,14 +123,12 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
         yield rung("optimizer", "6 updates", dataclasses.replace(off, optimizer=update))
     yield rung("step", "7 trajectory, dropout", config)
     yield rung("train and eval mode", "8 train/eval", config)
-    yield rung("suffix path and KV cache", "3 logits")
     if config.model.dtype != "float64":
         return
+    yield rung("suffix path and KV cache", "3 logits")
     other = other_config(config)
     yield "operations, the other config", _operations(other)
     yield rung("step", "7 trajectory, dropout", other)
-    frozen = dataclasses.replace(config.optimizer, freeze=("wte", "wpe"))
-    yield rung("frozen leaves", "7 trajectory", dataclasses.replace(off, optimizer=frozen))
     yield rung("bfloat16", "8 bfloat16", config)
     yield rung("four devices", "8 four devices", config)
     yield rung("dropout by chance", "9 dropout, by chance", config)

@@ -1,11 +1,14 @@
 """The report on the clean tree, its page, its verdict on drift, and bad input."""
 
+import dataclasses
 import sys
 
 import jax
 import pytest
 import torch
 
+import torch_ref.model
+from jax_model5 import kernels
 from parity_tests import __main__ as main
 from parity_tests import drift, faults, ladder, report, taps
 from tests.tiny import run
@@ -18,10 +21,11 @@ def named(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ladder.DTYPES)
 def test_no_operation_differs(dtype):
-    rows = list(report.rows(report.default_config(dtype)))
+    config = report.default_config(dtype)
+    rows = list(report.rows(config))
     assert [str(row) for row in rows if not row.passed] == []
     compared = {row.what for row in rows}
-    for name in taps.names(2):
+    for name in taps.names(config.model.n_layers):
         assert f"{name}, output" in compared
         assert f"{name}, gradient" in compared or name == "loss"
 
@@ -37,7 +41,7 @@ def test_no_operation_differs_without_dropout(fields):
 def test_a_missing_parameter_is_one_line(monkeypatch, capsys):
     code, out, _ = command_line(monkeypatch, capsys, "--inject", "missing bias", "--drift", "2")
     assert code == 1
-    assert "first operation that differs: parameters" in out.splitlines()[-1]
+    assert "first difference: parameters" in out.splitlines()[-1]
 
 
 def test_each_fault_is_a_fault_of_its_own():
@@ -55,7 +59,8 @@ def test_each_fault_is_a_fault_of_its_own():
         ("wrong epsilon (Flax's default)", "in JAX, epsilon is 1e-6 instead of 1e-5"),
         ("unscaled attention", "in PyTorch, scores are not scaled by 1/sqrt(K)"),
         ("off-by-one mask", "in PyTorch, the mask shows the next token"),
-        ("logits in bfloat16", "PyTorch that departs from its definition: the error is that of"),
+        ("logits in bfloat16", "PyTorch that departs from its definition: its values are those of"),
+        ("survivors divided by the rate", "in JAX"),
     ],
 )
 def test_the_cause_is_named(fault, cause):
@@ -80,16 +85,56 @@ def test_a_fault_reads_as_one_line_and_a_page(monkeypatch, capsys, tmp_path):
     args = ["--inject", "tanh for erf", "--drift", "3", "--html", str(page)]
     code, out, _ = command_line(monkeypatch, capsys, *args)
     assert code == 1
-    assert "first operation that differs: block 0: gelu" in out
+    assert "first difference: block 0: gelu" in out.splitlines()[-2]
+    assert "what follows: " in out
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 1
     assert "block 0: gelu" in text
 
 
 @pytest.mark.parametrize(
+    ("part", "name"), [("sigmoid", "sigmoid GELU"), ("TANH for erf", "tanh for erf")]
+)
+def test_a_fault_is_found_by_part_and_case(part, name):
+    assert main.fault_named(part).name == name
+
+
+def stopped(*args, **fields):
+    raise ZeroDivisionError("planted")
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "place"),
+    [
+        (torch_ref.model.Block, "forward", "model.Model5.forward"),
+        (kernels, "masked_attention", "kernels.attend"),
+    ],
+)
+def test_a_model_that_stops_is_a_verdict_that_names_the_place(monkeypatch, target, name, place):
+    monkeypatch.setattr(target, name, stopped)
+    config = dataclasses.replace(report.default_config("float64"), workdir=place)
+    row = report.first_difference(config)
+    assert (row.operation, row.what) == (place, "stops")
+    assert "stops there (" in row.cause
+    assert row.cause.endswith("ZeroDivisionError: planted")
+
+
+def test_a_module_under_another_name_is_a_verdict(monkeypatch):
+    class Renamed(torch_ref.model.Model5):
+        def __init__(self, config):
+            super().__init__(config)
+            self.final_norm = self.ln_f
+            del self.ln_f
+
+    monkeypatch.setattr(torch_ref.model, "Model5", Renamed)
+    assert report.first_difference(report.default_config("float64")).operation == "parameters"
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--inject", "erf for tan"], "inject='erf for tan': no such fault; did you mean 'erf for"),
+        (["--inject", "erf for tin"], "inject='erf for tin': no such fault; did you mean 'erf for"),
+        (["--inject", "tanh for"], "which of 'tanh for erf', 'tanh for erf in JAX'?"),
         (["--drift", "0"], "drift=0: must be at least 1"),
         (["--drift", "x"], "invalid int value"),
         (["--html", "/none/report.html"], "html='/none/report.html'"),

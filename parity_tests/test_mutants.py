@@ -1,0 +1,81 @@
+"""The mutants: what each operator makes of a line, and how one is planted, caught, and located."""
+
+import pytest
+
+from parity_tests import explained, mutants, places, score
+from tests.tiny import ROOT
+
+FILE = "torch_ref/model.py"
+
+
+@pytest.mark.parametrize(
+    ("source", "operator", "made"),
+    [
+        ("x = a * b + c", "operator", ["x = (a * b - c)", "x = (a / b) + c"]),
+        ("x = a @ b", "operator", ["x = (b @ a)"]),
+        ("if a < 2: f()", "comparison", ["if (a <= 2): f()", "if (a >= 2): f()"]),
+        ("x = 3", "constant", ["x = 4", "x = 2"]),
+        ("x = f(-1)", "constant", ["x = f(-2)", "x = f(-0)"]),
+        ("f(a, b, axis=1)", "argument dropped or swapped", ["(f(a, b))", "(f(b, a, axis=1))"]),
+        ("x = jnp.exp(a)", "call left out", ["x = (a)"]),
+        ("x = a.mean(0)", "call left out", ["x = (a)"]),
+        ("x = a if b else c", "branch forced", ["x = a if True else c", "x = a if False else c"]),
+        ("x = a[1:]", "slice by one", ["x = a[(1) + 1:]", "x = a[:]"]),
+        ("x = a", "rounded to float32", ["x = low_precision(a)"]),
+        ("x = a", "gradient stopped", ["x = no_gradient(a)"]),
+    ],
+)
+def test_what_an_operator_makes(source, operator, made):
+    found = [m.source for m in mutants.mutants("file", source) if m.operator == operator]
+    assert set(made) <= set(found), found
+
+
+def test_statements_are_deleted_and_exchanged():
+    source = 'def f():\n    """Prose."""\n    x = 1\n    g()\n'
+    found = {m.operator: m for m in mutants.mutants("file", source)}
+    assert found["statements exchanged"].source == source.replace(
+        "x = 1\n    g()", "g()\n    x = 1"
+    )
+    assert "pass" in found["statement deleted"].source
+    assert found["statement deleted"].scope == "f"
+
+
+def test_every_mutant_is_python_and_has_a_place():
+    for mutant in score.all_mutants():
+        compile(mutant.source, mutant.file, "exec")
+        if mutant.scope:
+            stem = mutant.file.partition("/")[2].removesuffix(".py")
+            assert places.operations_of(f"{stem}.{mutant.scope}", mutant.code), mutant
+
+
+@pytest.mark.parametrize("pattern", [*explained.NOT_RUN, *explained.EXPLAINED], ids=str)
+def test_each_explanation_explains_something(pattern):
+    assert any(score.explanation(mutant, [pattern]) for mutant in score.all_mutants())
+
+
+CHANGES = [  # file, a line, what becomes of it
+    (FILE, "return x * self.mask / (1 - self.rate)", "return x * self.mask / (2 - self.rate)"),
+    ("torch_ref/step.py", "optimizer.zero_grad()", "pass"),
+    ("jax_model5/losses.py", "return log_sums_BxC - chosen_BxC,", "return (log_sums_BxC + "),
+]
+
+
+def chosen(file, before, after):
+    every = (m for m in score.all_mutants() if m.file == file and m.code.strip().startswith(before))
+    return next(m for m in every if m.diff.partition("\n+")[2].strip().startswith(after))
+
+
+@pytest.mark.slow
+def test_mutants_are_caught_and_located_and_leave_nothing_behind():
+    """In one process, one after the other; the last has no fault in it."""
+    harmless = mutants.Mutant(FILE, "", 1, "none", (ROOT / FILE).read_text(), "-")
+    verdicts = list(score.verdicts([*(chosen(*change) for change in CHANGES), harmless], 1))
+    assert [verdict.caught for verdict in verdicts] == [True] * len(CHANGES) + [False]
+    assert [v.words for v in verdicts[:-1] if not v.located] == []
+
+
+def test_what_is_no_place_of_a_fault_is_not_near_it():
+    assert places.is_near("block 1: gelu", ["fc"])
+    assert places.is_near("model.Block.forward", ["MLP residual"])
+    assert not places.is_near("block 1: gelu", ["ln_1"])
+    assert not places.is_near("optimizer", ["logits"])
