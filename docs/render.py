@@ -276,6 +276,26 @@ def faults() -> str:
     return markdown(["fault", "planted in", "operation named", "cause named"], rows)
 
 
+def mutants() -> str:
+    """By file and by operator: how many of the mutants that were run are caught, and located."""
+    found = read("mutants.json")
+    parts = {"all that were run": found} | found["by file"] | found["by operator"]
+    rows = [
+        [name, str(n["all"]), *(f"{n[k]} ({n[k] / n['all']:.1%})" for k in ("caught", "located"))]
+        for name, n in parts.items()
+    ]
+    return markdown(["mutants", "run", "caught", "located"], rows)
+
+
+def survivors() -> str:
+    """Each mutant that nothing saw."""
+    rows = [
+        [m["place"], " → ".join(f"`{line[1:].strip()}`" for line in m["diff"].splitlines()[:2])]
+        for m in read("mutants.json")["survivors"]
+    ]
+    return markdown(["place", "the line, and what became of it"], rows)
+
+
 # ---- experiments --------------------------------------------------------------------------------
 
 
@@ -444,6 +464,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "rungs": rungs,
     "faults": faults,
+    "mutants": mutants,
+    "survivors": survivors,
     "tying": tying,
     "compared": compared,
     "budgets": budgets,

@@ -252,8 +252,8 @@ def _cause(pair: ladder.Pair, masks: Any, ours: Side, theirs: Side, row: Row) ->
     if missing:
         return f"{missing[0]} does not compute it, or under another name"
     inputs = _inputs(pair, masks, ours, block)
-    site = _SITES.get(operation)
-    if pair.config.model.dropout and site and site not in inputs.keep:
+    mask, site = _SITES.get(operation, ("", ""))
+    if site and pair.config.model.dropout_at(site) and mask not in inputs.keep:
         return "in JAX, dropout is left out"
     right = spec.SPEC[operation][""](inputs)
     values = {side: outputs[row.operation] for side, outputs in found.items()}
@@ -268,12 +268,12 @@ def _cause(pair: ladder.Pair, masks: Any, ours: Side, theirs: Side, row: Row) ->
     return f"it is {wrong[0]} that departs from its definition{_kind_of_error(value, right)}"
 
 
-# The dropout that an operation ends with.
+# The dropout that an operation ends with: its mask, and its site in the config.
 _SITES = {
-    "embedding dropout": "drop",
-    "attention weights": "attn/drop",
-    "attention residual": "attn_drop",
-    "MLP residual": "mlp_drop",
+    "embedding dropout": ("drop", "embedding"),
+    "attention weights": ("attn/drop", "attention"),
+    "attention residual": ("attn_drop", "attention_output"),
+    "MLP residual": ("mlp_drop", "mlp"),
 }
 
 

@@ -276,23 +276,13 @@ def _work(pipe: Connection) -> None:
 
 
 def main() -> int:
-    """0: every mutant is caught or explained; 1: not so; 2: bad input."""
+    """0: every mutant is caught or explained, but for those allowed; 1: not so; 2: bad input."""
     with one_line_errors():
         options = _options(sys.argv[1:])
-        every = [m for m in all_mutants() if not explanation(m, NOT_RUN)]
-        by_seed = random.Random(options.seed)
-        chosen = by_seed.sample(every, min(options.sample or len(every), len(every)))
-        if options.only:
-            chosen = [m for m in chosen if options.only in f"{m.file}:{m.scope}"]
-        chosen.sort(key=lambda mutant: mutant.file, reverse=True)  # what is compiled stays so
+        chosen = _chosen(options)
         equal = [m for m in chosen if explanation(m, EXPLAINED)]
-        to_run = [m for m in chosen if not explanation(m, EXPLAINED)]
-        print(
-            f"{len(every)} mutants, {len(chosen)} chosen with seed {options.seed}, "
-            f"{len(equal)} of them explained as equal",
-            flush=True,
-        )
-        done = []
+        to_run, done = [m for m in chosen if m not in equal], []
+        print(f"{len(equal)} are explained as equal, {len(to_run)} to run", flush=True)
         for verdict in verdicts(to_run, options.workers):
             done.append(verdict)
             _say(verdict, len(done), len(to_run))
@@ -300,7 +290,20 @@ def main() -> int:
         if options.json:
             write_json(Path(options.json), circumstances("-m parity_tests.score", "cpu") | found)
         print(json.dumps({key: found[key] for key in ("all", "caught", "located")}))
-        return 1 if found["survivors"] else 0
+        return 1 if len(found["survivors"]) > options.allowed else 0
+
+
+def _chosen(options: argparse.Namespace) -> list[Mutant]:
+    """A sample of the mutants that run here, those of one file together."""
+    every = [m for m in all_mutants() if not explanation(m, NOT_RUN)]
+    if options.only:
+        every = [m for m in every if options.only in f"{m.file}:{m.scope}"]
+    if not every:
+        raise UserError(f"only={options.only!r}: no mutant of such a place; see {FILES}")
+    n = min(options.sample or len(every), len(every))
+    print(f"{len(every)} mutants, {n} chosen with seed {options.seed}")
+    chosen = random.Random(options.seed).sample(every, n)
+    return sorted(chosen, key=lambda mutant: mutant.file, reverse=True)  # what is compiled stays so
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -309,6 +312,7 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", help="those whose file:scope holds this")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--allowed", type=int, default=0, help="survivors that are no failure")
     parser.add_argument("--json", help="also write the result to this file")
     options = parser.parse_args(args)
     if options.workers < 1:

@@ -1,5 +1,7 @@
 """The mutants: what each operator makes of a line, and how one is planted, caught, and located."""
 
+import sys
+
 import pytest
 
 from parity_tests import explained, mutants, places, score
@@ -72,6 +74,24 @@ def test_mutants_are_caught_and_located_and_leave_nothing_behind():
     verdicts = list(score.verdicts([*(chosen(*change) for change in CHANGES), harmless], 1))
     assert [verdict.caught for verdict in verdicts] == [True] * len(CHANGES) + [False]
     assert [v.words for v in verdicts[:-1] if not v.located] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--sample", "0"], "sample=0: must be at least 1"),
+        (["--workers", "0"], "workers=0: must be at least 1"),
+        (["--only", "flash.py"], "only='flash.py': no mutant of such a place"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, args, words):
+    monkeypatch.setattr(sys, "argv", ["score", *args])
+    with pytest.raises(SystemExit) as stop:
+        score.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_what_is_no_place_of_a_fault_is_not_near_it():
