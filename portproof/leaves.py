@@ -1,7 +1,5 @@
 """The table of leaves: one model's parameters under the other's names, there and back."""
 
-import collections
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ import numpy as np
 from portproof.port import BadInput, nearest, numbers
 
 Shapes = Mapping[str, tuple[int, ...]]
+SIDES = ("PyTorch's", "JAX's")
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def _path(keys: Any) -> str:
 
 
 class Part(NamedTuple):
-    """A leaf of JAX, or one layer of it, in PyTorch's orientation."""
+    """A leaf, or one layer of a stacked one, in PyTorch's orientation."""
 
     path: str
     layer: int | None
@@ -38,101 +37,79 @@ class Part(NamedTuple):
     def of(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """A view: what is written there is written into the leaf."""
         leaf = leaves[self.path][... if self.layer is None else (self.layer, ...)]
-        return np.atleast_1d(leaf.swapaxes(-1, -2) if self.transposed else leaf)
+        return np.atleast_1d(leaf.swapaxes(-1, -2) if self.transposed and leaf.ndim > 1 else leaf)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of tensors that are one when joined on PyTorch's axis 0."""
+class Table(NamedTuple):
+    """Rows of PyTorch's and of JAX's parts, which are one tensor when joined on axis 0."""
 
-    rows: Sequence[tuple[Sequence[str], Sequence[Part]]]
-    torch_shapes: Shapes
-    jax_shapes: Shapes
+    rows: Sequence[tuple[list[Part], list[Part]]]
+    shapes: tuple[Shapes, Shapes]
 
     def to_torch(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """JAX's leaves under PyTorch's names."""
-        named: dict[str, np.ndarray] = {}
-        for names, parts in self.rows:
-            whole = np.concatenate([part.of(leaves) for part in parts])
-            ends = np.cumsum([self.torch_shapes[name][0] for name in names])
-            named |= zip(names, np.split(whole, ends[:-1]), strict=True)
-        return named
+        return self._moved(leaves, 1, 0)
 
     def to_jax(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inverse."""
-        dtype = next(iter(named.values())).dtype
-        leaves = {path: np.empty(shape, dtype) for path, shape in self.jax_shapes.items()}
-        for names, parts in self.rows:
-            whole = np.concatenate([np.atleast_1d(named[name]) for name in names])
-            views = [part.of(leaves) for part in parts]
+        return self._moved(named, 0, 1)
+
+    def _moved(self, leaves: Mapping[str, np.ndarray], old: int, new: int) -> dict:
+        dtype = next(iter(leaves.values())).dtype
+        moved = {path: np.full(shape, np.nan, dtype) for path, shape in self.shapes[new].items()}
+        for row in self.rows:
+            whole = np.concatenate([part.of(leaves) for part in row[old]])
+            views = [part.of(moved) for part in row[new]]
             ends = np.cumsum([len(view) for view in views])
             for view, array in zip(views, np.split(whole, ends[:-1]), strict=True):
                 view[...] = array
-        return leaves
-
-    def draw(self) -> dict[str, np.ndarray]:
-        """Weights far from any init, so that biases and scales matter; float32 holds them."""
-        draw = np.random.default_rng(0).normal
-        shapes = self.jax_shapes.items()
-        return {path: draw(0.1, 0.2, shape).astype(np.float32) for path, shape in shapes}
+        return moved
 
 
 def table(rows: Sequence[tuple], torch_shapes: Shapes, jax_shapes: Shapes) -> Table:
-    """The user's rows with every `{i}` spelled out.
-
-    Raises:
-      BadInput: leaves without a counterpart, all of them; or shapes that do not fit.
-    """
-    torch_shapes = {name: shape or (1,) for name, shape in torch_shapes.items()}
+    """The user's rows with every `{i}` spelled out; BadInput names all that do not fit."""
     pairs = [[[x] if isinstance(x, str) else x for x in row] for row in rows]
     taken = {name for theirs, _ in pairs for name in theirs}
-    spelled = []
-    for theirs, ours in pairs:
-        layers: list[Any] = [None]
-        if "{i}" in theirs[0]:
-            layers = numbers(theirs[0], torch_shapes, taken) or ["{i}"]
-        for i in layers:
-            names = [name.replace("{i}", str(i)) for name in theirs]
-            spelled.append((names, [_part(path, i) for path in ours]))
-    problems = _lost("PyTorch's", [n for names, _ in spelled for n in names], torch_shapes)
-    problems += _lost("JAX's", [p.path for _, parts in spelled for p in parts], jax_shapes)
-    if problems:
-        raise BadInput(f"leaves without a counterpart: {'; '.join(problems)}; mend the table")
-    wrong = _unfit(spelled, torch_shapes, jax_shapes)
+    spelled = [
+        ([_part(name, i) for name in theirs], [_part(path, i) for path in ours])
+        for theirs, ours in pairs
+        for i in numbers(theirs[0], torch_shapes, taken)
+    ]
+    shapes = torch_shapes, jax_shapes
+    lost = [line for n in range(2) for line in _lost(n, spelled, shapes[n])]
+    if lost:
+        raise BadInput(f"leaves without a counterpart: {'; '.join(lost)}; mend the table")
+    zeros = [{path: np.zeros(shape) for path, shape in side.items()} for side in shapes]
+    wrong = [_shown(row, shapes) for row in spelled if not _fits(row, zeros)]
     if wrong:
         raise BadInput(f"shapes that do not fit: {'; '.join(wrong)}; mend the table or a model")
-    return Table(spelled, torch_shapes, jax_shapes)
+    return Table(spelled, shapes)
 
 
-def _part(path: str, i: int | None) -> Part:
+def _part(path: str, i: int | str) -> Part:
     name = path.removesuffix(".T")
-    return Part(name.replace("{i}", str(i)), None if "{i}" in name else i, name != path)
+    layer = None if "{i}" in name or isinstance(i, str) else i
+    return Part(name.replace("{i}", str(i)), layer, name != path)
 
 
-def _lost(side: str, named: list[str], shapes: Shapes) -> list[str]:
+def _lost(n: int, rows: list, shapes: Shapes) -> list[str]:
     """What the table names and the model lacks, and what the table does not name."""
+    named = list(dict.fromkeys(part.path for row in rows for part in row[n]))
     rest = [name for name in shapes if name not in named]
-    unknown = [n for n in dict.fromkeys(named) if n not in shapes]
-    lines = [f"the table's {side} {nearest(name, rest or shapes)}" for name in unknown]
-    return lines + [f"{side} {nearest(name, unknown or named)}" for name in rest]
+    unknown = [name for name in named if name not in shapes]
+    lines = [f"the table's {SIDES[n]} {nearest(name, rest or shapes)}" for name in unknown]
+    return lines + [f"{SIDES[n]} {nearest(name, unknown or named)}" for name in rest]
 
 
-def _unfit(rows: list, torch_shapes: Shapes, jax_shapes: Shapes) -> list[str]:
-    stacks = collections.defaultdict(set)
-    for part in (part for _, parts in rows for part in parts if part.layer is not None):
-        stacks[part.path].add(part.layer)
-    wrong = [
-        f"JAX's {path} {list(jax_shapes[path])} is a stack of PyTorch's {sorted(layers)}"
-        for path, layers in stacks.items()
-        if layers != set(range((*jax_shapes[path], 0)[0]))
-    ]
-    zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in jax_shapes.items()}
-    for names, parts in rows if not wrong else ():
-        theirs = [(name, torch_shapes[name]) for name in names]
-        ours = [(part.path + ".T" * part.transposed, part.of(zeros).shape) for part in parts]
-        rests = {shape[1:] for _, shape in theirs + ours}
-        lengths = {sum(shape[0] for _, shape in side) for side in (theirs, ours)}
-        if len(rests) > 1 or len(lengths) > 1:
-            left, right = (", ".join(f"{n} {list(s)}" for n, s in side) for side in (theirs, ours))
-            wrong.append(f"PyTorch's {left} and JAX's {right}")
-    return wrong
+def _fits(row: tuple, leaves: Sequence[Mapping]) -> bool:
+    """Whether both sides join to one shape."""
+    try:
+        theirs, ours = (np.concatenate([p.of(leaves[n]) for p in row[n]]) for n in range(2))
+    except (IndexError, ValueError):  # a stack that lacks the layer, or parts that do not join
+        return False
+    return theirs.shape == ours.shape
+
+
+def _shown(row: tuple, shapes: Sequence[Shapes]) -> str:
+    sides = [", ".join(f"{p.path} {list(shapes[n][p.path])}" for p in row[n]) for n in range(2)]
+    return f"PyTorch's {sides[0]} and JAX's {sides[1]}"
