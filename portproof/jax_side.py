@@ -31,40 +31,37 @@ class JaxSide:
         self.seen: set[str] = set()
         self._programs: dict[tuple, Any] = {}
 
-    def run(self, train: bool) -> Pass:
+    def run(self, train: bool, seed: int = 0) -> Pass:
         """One pass forward, for values and masks, and one backward, for gradients."""
-        loss, found = self._call("forward", train)
-        (_, (gradients, _)), backward = self._call("backward", train)
+        loss, found = self._call("forward", train, seed)
+        (_, (gradients, _)), backward = self._call("backward", train, seed)
         found.loss, found.leaves = np.asarray(loss), _arrays(gradients)
         for name, values in found.values.items():
             came = backward.gradients[name][::-1]  # none where nothing uses the value
             found.gradients[name] = came or [np.zeros_like(value) for value in values]
         return found
 
-    def loss(self, seed: int, train: bool) -> np.ndarray:
-        """The loss by one key."""
-        return np.asarray(self._call("forward", train, seed)[0])
-
-    def _call(self, doing: str, train: bool, seed: int = 0) -> tuple[Any, Pass]:
-        with self._traced(doing) as recorder:
+    def _call(self, doing: str, train: bool, seed: int) -> tuple[Any, Pass]:
+        with self._traced(doing) as found:
             inputs = self._inputs(seed)
             if (doing, train) not in self._programs:
                 self._programs[doing, train] = self._compiled(doing, train, inputs)
-            return jax.block_until_ready(self._programs[doing, train](*inputs)), recorder.found
+            return jax.block_until_ready(self._programs[doing, train](*inputs)), found
 
     @contextlib.contextmanager
-    def _traced(self, doing: str) -> Iterator[taps.Recorder]:
+    def _traced(self, doing: str) -> Iterator[Pass]:
         """In this dtype for all threads: a callback's would round what it is handed."""
-        recorder = taps.Recorder(self.wanted, self.seen)
+        found = Pass(self.wanted)
+        found.seen = self.seen  # of all passes, for a program is traced once
         before = jax.config.read("jax_enable_x64")
         jax.config.update("jax_enable_x64", self.dtype == "float64")
         try:
             with (
                 jax.default_matmul_precision("highest"),
-                stops("JAX", doing, recorder.running),
-                taps.recording(recorder),
+                stops("JAX", doing, found.running),
+                taps.recording(found),
             ):
-                yield recorder
+                yield found
         finally:
             jax.config.update("jax_enable_x64", before)
 
@@ -90,12 +87,18 @@ class JaxSide:
         with self._traced("forward"):
             function = functools.partial(self._loss, deterministic=True)
             jaxpr = jax.make_jaxpr(function)(*self._inputs())
-        for equation in _equations(jaxpr.jaxpr):
-            after = equation.params.get("new_dtype")
-            if after in NARROW and equation.invars[0].aval.dtype == jnp.float64:
+        equations = list(jaxpr.eqns)
+        for equation in equations:
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                equations += inner.eqns  # which this loop comes to
+            to = equation.params.get("new_dtype")
+            if to in NARROW and equation.invars[0].aval.dtype == jnp.float64:
+                lines = str(equation.source_info.traceback).splitlines()
+                lines = [x for x in lines if "site-packages" not in x and HERE not in x]
+                place = lines[0].rpartition("/")[2] if lines else "a line of a library"
                 raise BadInput(
-                    f"JAX rounds float64 to {np.dtype(after)} at {_line(equation)}; let the model "
-                    "compute in jnp.promote_types(x.dtype, jnp.float32), or in its weights' dtype"
+                    f"JAX rounds float64 to {np.dtype(to)} at {place}; let the model compute in "
+                    "its weights' dtype, or in jnp.promote_types(x.dtype, jnp.float32)"
                 )
 
     def updates(self) -> Callable:
@@ -124,17 +127,3 @@ class JaxSide:
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in flat(tree).items()}
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
-
-
-def _line(equation: Any) -> str:
-    """The innermost line outside the libraries: model.py:33 (norm)."""
-    lines = str(equation.source_info.traceback).splitlines()
-    own = [line for line in lines if "site-packages" not in line and HERE not in line]
-    return own[0].rpartition("/")[2] if own else "an unknown line"

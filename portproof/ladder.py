@@ -1,8 +1,9 @@
 """The ladder: leaves, taps forward, loss, taps backward, gradients, updates, dropout, the modes."""
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,20 +11,17 @@ import torch
 
 from portproof.jax_side import JaxSide
 from portproof.leaves import flat, table
-from portproof.port import BadInput, Pass, Port, Stopped, nearest, numbers
+from portproof.port import BadInput, Pass, Port, Stopped, nearest, numbers, stops
 from portproof.report import FLOAT64_TOLERANCE, Report, Row, own_rounding, relative
-from portproof.torch_side import Share, TorchSide
+from portproof.torch_side import TorchSide
 
 PLAIN = ("2 taps forward", "3 loss", "4 taps backward", "5 gradients")
 DROPOUT = tuple(f"7 dropout, {part}" for part in ("forward", "loss", "backward", "gradients"))
 LANDINGS = ("1 leaves", PLAIN[-1], "6 updates", DROPOUT[-1])
-DEVIATIONS = 5.0
-"""How many standard deviations a share of dropped elements may be from the rate."""
+DEVIATIONS = 5.0  # that a share of dropped elements may be from the rate
 DRAWS = {
-    "JAX": "JAX's result changes with the key when deterministic; pass `deterministic` on to "
-    "every dropout",
-    "PyTorch": "PyTorch's two runs in eval mode differ; let the model draw only where "
-    "`self.training` holds",
+    "JAX": "JAX's result changes with the key when deterministic; pass that on to every dropout",
+    "PyTorch": "PyTorch's two runs in eval mode differ; let it draw where `self.training` holds",
 }
 
 
@@ -50,8 +48,7 @@ def spelled(rows: Sequence[tuple], modules: Sequence[str]) -> Iterator[Tap]:
     """The rows with every `{i}` spelled out."""
     literal = {row[1] for row in rows}
     for name, theirs, ours, *function in rows:
-        module = re.split("[:>]", theirs)[0]
-        layers = numbers(module, modules) if "{i}" in theirs else []
+        layers = numbers(re.split("[:>]", theirs)[0], modules)
         layers = [i for i in layers if theirs.replace("{i}", str(i)) not in literal]
         for call, i in enumerate(layers or ["{i}"]):
             name_i, theirs_i, ours_i = (t.replace("{i}", str(i)) for t in (name, theirs, ours))
@@ -73,7 +70,11 @@ class Pair:
         masks = [("", site, f"{ours}:mask", *join) for site, ours, *join in port.masks]
         self.masks = [*spelled(masks, modules)]
         self.jax = JaxSide(port, dtype, frozenset(tap.jax for tap in self.taps + self.masks))
-        self.load({path: leaf.astype(dtype) for path, leaf in self.table.draw().items()})
+        # Far from any init, so that biases and scales matter; float32 holds them.
+        draw, leaves = np.random.default_rng(0).normal, {}
+        for path, shape in shapes.items():
+            leaves[path] = draw(0.1, 0.2, shape).astype(np.float32).astype(dtype)
+        self.load(leaves)
 
     def load(self, leaves: dict[str, np.ndarray]) -> None:
         self.jax.leaves = leaves
@@ -85,34 +86,36 @@ class Pair:
         back = self.table.to_jax(self.torch.named())
         for path, leaf in self.jax.leaves.items():
             yield Row("1 leaves", self.dtype, path, relative(back[path], leaf), 0.0)
-        self.require_deterministic()
+        if self.exact is self:
+            self.jax.require_wide()
+        for side, varies in self.draws(train=False).items():
+            if varies:
+                raise BadInput(DRAWS[side])
         yield from self.operations(PLAIN, self.jax.run(train=False))
         yield from self.updates(steps)
-        drops = self.torch.run(train=True).shares
-        self.require_masks(drops.keys())
-        if drops:
+        drawn = self.torch.run(train=True).drawn
+        if drawn or self.masks:
             ours = self.jax.run(train=True)
-            masks = self.jax_masks(ours)
+            masks = self.jax_masks(ours, drawn)
             yield from self.operations(DROPOUT, ours, masks)
-            yield from self.shares(masks, drops)
-        yield from self.modes(bool(drops))
+            yield from self.shares(masks, drawn)
+        for side, varies in self.draws(train=True).items():
+            place = f"{side} in train mode {'varies' if drawn else 'does not vary'}"
+            error = 0.0 if varies == bool(drawn) else np.inf
+            yield Row("8 train and eval", self.dtype, place, error, 0.0)
 
-    # ---- one pass -------------------------------------------------------------------------------
-
-    def operations(
-        self, rungs: Sequence[str], ours: Pass, masks: Mapping[str, list] = {}
-    ) -> Iterator[Comparison]:
+    def operations(self, rungs: Sequence, ours: Pass, masks: Mapping = {}) -> Iterator[Comparison]:
         """Outputs as the forward pass reaches them, then gradients as the backward pass does."""
         places = [tap.torch for tap in self.taps]
         # JAX draws other masks in float64, so PyTorch is run there once more on these.
-        runs = [side.run(places, masks, train=bool(masks)) for side in self.torches]
-        passes = [ours, *(run.found for run in runs)]
-        _require_fired("JAX", "taps", [tap[2:4] for tap in self.taps], ours, self.jax.seen)
-        _require_fired("PyTorch", "taps", [(p, 0) for p in places], passes[1], runs[0].seen)
+        passes = [ours, *(side.run(places, masks, train=bool(masks)) for side in self.torches)]
+        _require_fired("JAX", "taps", [tap[2:4] for tap in self.taps], ours)
+        _require_fired("PyTorch", "taps", [(p, 0) for p in places], passes[1])
 
         def at(tap: Tap, kind: str) -> list[np.ndarray]:
             mine, *theirs = (getattr(found, kind) for found in passes)
-            return [mine[tap.jax][tap.call], *(tap.function(t[tap.torch][0]) for t in theirs)]
+            with stops("the table", tap.name):
+                return [mine[tap.jax][tap.call], *(tap.function(t[tap.torch][0]) for t in theirs)]
 
         reached = list(passes[1].values)
         taps = sorted(self.taps, key=lambda tap: reached.index(tap.torch))
@@ -128,68 +131,46 @@ class Pair:
         for path, sides in leaves.items():
             yield Comparison(rungs[3], path, [*np.where(self.exact.noise[path], 0, sides)])
 
-    def by_path(
-        self, ours: Mapping[str, np.ndarray], theirs: Iterable[Mapping[str, np.ndarray]]
-    ) -> dict[str, list[np.ndarray]]:
+    def by_path(self, ours: Mapping, theirs: Iterable[Mapping]) -> dict[str, list[np.ndarray]]:
         """What every side has for each leaf of JAX, laid out as JAX's."""
         sides = [ours, *map(self.table.to_jax, theirs)]
         return {path: [side[path] for side in sides] for path in ours}
 
-    # ---- dropout, train and eval mode -----------------------------------------------------------
-
-    def jax_masks(self, ours: Pass) -> dict[str, list[np.ndarray]]:
+    def jax_masks(self, ours: Pass, drawn: Collection[str]) -> dict[str, list[np.ndarray]]:
         """JAX's masks by PyTorch's sites: of a JAX site's calls, as many as each layer has."""
-        _require_fired("JAX", "masks", [tap[2:4] for tap in self.masks], ours, self.jax.seen)
+        _require_fired("JAX", "masks", [tap[2:4] for tap in self.masks], ours)
         masks = {}
         for mask in self.masks:
             calls = ours.values[mask.jax]
             n = len(calls) // sum(other.jax == mask.jax for other in self.masks)
-            masks[mask.torch] = mask.function(calls[mask.call * n : (mask.call + 1) * n])
-        return masks
-
-    def require_masks(self, drops: Iterable[str]) -> None:
-        named, drops = {mask.torch for mask in self.masks}, set(drops)
-        if named != drops:
-            theirs, ours = (", ".join(sorted(sites)) or "no place" for sites in (drops, named))
+            with stops("the table", f"masks of {mask.torch}"):
+                masks[mask.torch] = mask.function(calls[mask.call * n : (mask.call + 1) * n])
+        if set(masks) != set(drawn):
+            sites, named = (", ".join(sorted(sites)) or "no place" for sites in (drawn, masks))
             raise BadInput(
-                f"PyTorch drops at {theirs}, and the table of masks names {ours}; mend the table "
+                f"PyTorch drops at {sites}, and the table of masks names {named}; mend the table "
                 "or a rate"
             )
+        return masks
 
-    def shares(self, masks: Mapping[str, list], drawn: Mapping[str, Share]) -> Iterator[Row]:
+    def shares(self, masks: Mapping[str, list], drawn: Mapping) -> Iterator[Row]:
         """Each side drops as often as the rate says, PyTorch by its own draw."""
-        for site, calls in masks.items():
-            kept = np.concatenate([mask.ravel() for mask in calls])
-            own = Share(int((kept == 0).sum()), kept.size, drawn[site].rate)
-            for side, share in (("JAX", own), ("PyTorch", drawn[site])):
-                note = f"{share.dropped} of {share.n} at rate {share.rate:g}, in deviations"
-                place, error = f"{side} at {site}", share.deviations()
+        for site, (theirs, rate) in drawn.items():
+            ours = np.concatenate([mask.ravel() for mask in masks[site]])
+            for side, kept in (("JAX", ours), ("PyTorch", theirs)):
+                n, dropped = kept.size, int((kept == 0).sum())
+                error = abs(dropped - rate * n) / math.sqrt(rate * (1 - rate) * n)
+                note = f"{dropped} of {n} at rate {rate:g}, in deviations"
+                place = f"{side} at {site}"
                 yield Row("7 dropout, shares", self.dtype, place, error, DEVIATIONS, note=note)
 
     def draws(self, train: bool) -> dict[str, bool]:
         """Whether two runs of a side differ, JAX's by two keys."""
         losses = {
-            "JAX": [self.jax.loss(seed, train) for seed in range(2)],
-            "PyTorch": [self.torch.run(train=train).found.loss for _ in range(2)],
+            "JAX": [self.jax.run(train, seed).loss for seed in range(2)],
+            "PyTorch": [self.torch.run(train=train).loss for _ in range(2)],
         }
         return {side: not np.array_equal(a, b, equal_nan=True) for side, (a, b) in losses.items()}
-
-    def require_deterministic(self) -> None:
-        """In eval mode nothing may be drawn, and in float64 nothing rounded to less."""
-        if self.dtype == "float64":
-            self.jax.require_wide()
-        for side, draws in self.draws(train=False).items():
-            if draws:
-                raise BadInput(DRAWS[side])
-
-    def modes(self, drops: bool) -> Iterator[Row]:
-        """Eval mode was seen to be deterministic; train mode is not, where there is dropout."""
-        for side, draws in self.draws(train=True).items():
-            place = f"{side} in train mode {'varies' if drops else 'does not vary'}"
-            error = 0.0 if draws == drops else np.inf
-            yield Row("8 train and eval", self.dtype, place, error, 0.0)
-
-    # ---- updates --------------------------------------------------------------------------------
 
     def updates(self, steps: int) -> Iterator[Comparison]:
         """The distance that each leaf moved, after one update and after all of them.
@@ -199,16 +180,15 @@ class Pair:
         start, step = self.jax.leaves, self.jax.updates()
         torch_steps = [side.updates() for side in self.torches]
         for k in range(steps + 1):
-            ours, theirs = self.jax.run(train=False), [side.run().found for side in self.torches]
+            passes = [self.jax.run(train=False), *(side.run() for side in self.torches)]
             leaves = self.by_path(self.jax.leaves, [side.named() for side in self.torches])
             for path, sides in leaves.items() if k in (1, steps) else ():
                 moved = np.array(sides, np.float64) - start[path]
                 moved = np.where(self.exact.noise[path], 0, moved)
                 yield Comparison("6 updates", f"{path}, moved by {k}", [*moved])
-            losses = [found.loss for found in (ours, *theirs)]
-            yield Comparison("6 updates", f"loss of state {k}", losses)
+            yield Comparison("6 updates", f"loss of state {k}", [found.loss for found in passes])
             if k < steps:
-                step(ours.leaves)
+                step(passes[0].leaves)
                 for torch_step in torch_steps:
                     torch_step()
         self.load(start)
@@ -221,11 +201,9 @@ def _noise(gradients: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     return {path: (leaf > 0) & (leaf < least) for path, leaf in largest.items()}
 
 
-def _require_fired(
-    side: str, what: str, calls: Iterable[tuple], found: Pass, seen: Iterable[str]
-) -> None:
+def _require_fired(side: str, what: str, calls: Iterable[tuple], found: Pass) -> None:
     missing = [
-        nearest(f"{name}, call {call}" if call else name, seen)
+        nearest(f"{name}, call {call}" if call else name, found.seen)
         for name, call in calls
         if len(found.values.get(name, ())) <= call
     ]
@@ -233,15 +211,8 @@ def _require_fired(
         raise BadInput(f"{side}'s {what} that never fire: {'; '.join(missing)}; mend the table")
 
 
-# ---- the whole ladder ---------------------------------------------------------------------------
-
-
 def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
-    """Climbs the ladder to the landing after the first difference, in float64 and then in float32.
-
-    Raises:
-      BadInput: the port cannot be measured as it is given.
-    """
+    """Climbs to the landing after the first difference, in float64 and then in float32."""
     threads, report, pair = torch.get_num_threads(), Report([]), None
     torch.set_num_threads(1)  # of small models the threads only wait for each other
     try:
@@ -262,15 +233,13 @@ def _rows(rung: list, dtype: str) -> list[Row]:
     if isinstance(rung[0], Row):
         return rung
     own = [[relative(side, found.sides[-1]) for side in found.sides[:2]] for found in rung]
-    errors, tolerances = own_rounding(*np.array(own).T)
     rows = []
-    for found, (a, b), error, tolerance in zip(rung, own, errors, tolerances, strict=True):
+    for found, (a, b), law in zip(rung, own, own_rounding(np.array(own)), strict=True):
+        ours, theirs = found.sides[:2]
         note = f"JAX rounds {a:.1e}, PyTorch {b:.1e}"
         if dtype == "float64":
-            error, tolerance, note = relative(*found.sides[:2]), FLOAT64_TOLERANCE, ""
-        ours, theirs = (list(side.shape) for side in found.sides[:2])
-        if ours != theirs:
-            note = f"JAX {ours}, PyTorch {theirs}"
-        law = float(error), float(tolerance)
+            law, note = (relative(ours, theirs), FLOAT64_TOLERANCE), ""
+        if ours.shape != theirs.shape:
+            note = f"JAX {list(ours.shape)}, PyTorch {list(theirs.shape)}"
         rows.append(Row(found.rung, dtype, found.place, *law, found.after, note))
     return rows

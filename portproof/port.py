@@ -94,11 +94,18 @@ class Port:
 
 
 class Pass:
-    """What one side computed: at each of its places a list of calls, and by its own leaves."""
+    """One pass of one side: what is tapped, the calls at each tap, and what came of it.
 
-    def __init__(self) -> None:
+    `seen` is every place that could be tapped, `running` the modules that are being called, and
+    `drawn` what PyTorch kept at each site, and its rate.
+    """
+
+    def __init__(self, wanted: Iterable[str] = ()):
+        self.wanted, self.seen = frozenset(wanted), set[str]()
+        self.running = [""]
         self.values: dict[str, list[np.ndarray]] = collections.defaultdict(list)
         self.gradients: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+        self.drawn: dict[str, tuple[np.ndarray, float]] = {}
         self.leaves: dict[str, np.ndarray] = {}
         self.loss: Any = None
 
@@ -108,15 +115,11 @@ def tokens(*shape: int, vocab: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, vocab, shape)
 
 
-def numbers(pattern: str, names: Iterable[str], taken: Collection[str] = ()) -> list[int]:
-    """The numbers that `{i}` stands for in `pattern`.
-
-    >>> numbers("h.{i}.fc", ["h.0.fc", "h.1.fc", "h.2.fc", "ln"], {"h.2.fc"})
-    [0, 1]
-    """
+def numbers(pattern: str, names: Iterable[str], taken: Collection[str] = ()) -> list:
+    """The numbers that `{i}` of "h.{i}.fc" stands for; itself where there are none."""
     form = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d+)"))
-    found = {int(m[1]) for name in names if name not in taken and (m := form.fullmatch(name))}
-    return sorted(found)
+    fits = [m for name in names if name not in taken and (m := form.fullmatch(name))]
+    return sorted(int(m[1]) for m in fits if m.lastindex) or ["{i}"]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

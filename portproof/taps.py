@@ -6,7 +6,6 @@ in the opposite order, also where the loop is unrolled or rematerialized.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,49 +18,39 @@ from flax import nnx
 
 from portproof.port import Pass
 
-
-@dataclasses.dataclass
-class Recorder:
-    """What the taps write to; `running` are the modules that are being called."""
-
-    wanted: frozenset[str]
-    seen: set[str] = dataclasses.field(default_factory=set)
-    found: Pass = dataclasses.field(default_factory=Pass)
-    running: list[str] = dataclasses.field(default_factory=list)
-    zero: Any = 0.0
-
-
-_recorder: Recorder | None = None
+_found: Pass | None = None
+_zero: Any = 0.0
 
 
 def differentiate(zero: Any) -> None:
     """All taps from here on are functions of this scalar, of which none uses the value."""
-    if _recorder is not None:
-        _recorder.zero = zero
+    global _zero
+    _zero = zero
 
 
 @contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(found: Pass) -> Iterator[None]:
     """Taps write to it, and Linen's modules are tapped; what runs is done when it ends."""
-    global _recorder
-    _recorder = recorder
+    global _found
+    _found = found
     try:
         with flax.linen.intercept_methods(_linen):
             yield
             jax.effects_barrier()
     finally:
-        _recorder = None
+        _found = None
+        differentiate(0.0)
 
 
 def tap(name: str, x: Any) -> Any:
     """`x` itself, tapped under this name where the port's table asks for it."""
-    if _recorder is None or not isinstance(x, jax.Array):
+    if _found is None or not isinstance(x, jax.Array):
         return x
-    _recorder.seen.add(name)
-    if name not in _recorder.wanted:
+    _found.seen.add(name)
+    if name not in _found.wanted:
         return x
     if jnp.issubdtype(x.dtype, jnp.floating):
-        return _tapped(name, x, _recorder.zero)
+        return _tapped(name, x, _zero)
     _hand_over("values", name, x)
     return x
 
@@ -78,27 +67,20 @@ def _tapped(name: str, x: jax.Array, zero: jax.Array) -> jax.Array:
     return x
 
 
-def _forward(name: str, x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x, zero
-
-
 def _backward(name: str, zero: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     _hand_over("gradients", name, g)
     return g, zero
 
 
-_tapped.defvjp(_forward, _backward)
+_tapped.defvjp(lambda name, x, zero: (x, zero), _backward)
 
 
 def _hand_over(kind: str, name: str, x: jax.Array) -> None:
     def write(array: Any) -> None:
-        if _recorder is not None:
-            getattr(_recorder.found, kind)[name].append(np.array(array))
+        if _found is not None:
+            getattr(_found, kind)[name].append(np.array(array))
 
     jax.debug.callback(write, x, ordered=True)
-
-
-# ---- modules ------------------------------------------------------------------------------------
 
 
 def _linen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -109,7 +91,7 @@ def _linen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
 
 def watch(model: Any) -> Any:
     """An NNX model whose modules are tapped by their paths; outside a proof the model itself."""
-    if _recorder is not None:
+    if _found is not None:
         for path, node in list(nnx.iter_graph(model)):
             if isinstance(node, nnx.Module) and callable(node):
                 node.__class__ = _watched(type(node), "/".join(map(str, path)))
@@ -124,14 +106,14 @@ def _watched(base: type, path: str) -> type:
 
 
 def _module(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
-    if _recorder is None:
+    if _found is None:
         return call(*args, **kwargs)
-    _recorder.running.append(path)
+    _found.running.append(path)
     args = tuple(tap(f"{path}:in{i}", x) for i, x in enumerate(args))
-    if f"{path}:mask" in _recorder.wanted:
+    if f"{path}:mask" in _found.wanted:
         call = functools.partial(_dropout, path, call)
     result = call(*args, **kwargs)
-    _recorder.running.pop()
+    _found.running.pop()
     if isinstance(result, tuple):
         return tuple(tap(f"{path}:out{i}", x) for i, x in enumerate(result))
     return tap(path, result)

@@ -6,10 +6,9 @@ softmax so), the mode gives it float64.
 
 import contextlib
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,42 +20,22 @@ from portproof.port import BadInput, Pass, Port, as_arrays, require_logits, stop
 DROPOUT, ATTENTION = F.dropout, F.scaled_dot_product_attention
 
 
-class Share(NamedTuple):
-    """How much one site dropped of what it could."""
-
-    dropped: int
-    n: int
-    rate: float
-
-    def deviations(self) -> float:
-        """The share's distance from the rate in standard deviations of a fair draw."""
-        spread = math.sqrt(self.rate * (1 - self.rate) / self.n)
-        return abs(self.dropped / self.n - self.rate) / spread
-
-
 class Listener(TorchFunctionMode):
     """One pass of the model: where it is, what is tapped there, and its dropout."""
 
-    def __init__(
-        self, model: torch.nn.Module, wanted: Iterable[str], masks: Mapping[str, list], wide: bool
-    ):
+    def __init__(self, wide: bool, wanted: Iterable[str] = (), masks: Mapping[str, list] = {}):
         super().__init__()
-        self.model, self.wanted, self.wide = model, {*wanted}, wide
+        self.wide, self.found = wide, Pass(wanted)
         self.masks = {site: iter(calls) for site, calls in masks.items()}
-        self.found = Pass()
-        self.shares: dict[str, Share] = {}
-        self.running = [""]
         self.calls: Counter[str] = Counter()
-        self.seen: set[str] = set()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, model: torch.nn.Module) -> Iterator[None]:
         before, hooks = torch.get_default_dtype(), []
         torch.set_default_dtype(torch.float64 if self.wide else torch.float32)
-        for path, module in self.model.named_modules():
-            enter, leave = (functools.partial(f, path) for f in (self._enter, self._leave))
-            hooks.append(module.register_forward_pre_hook(enter))
-            hooks.append(module.register_forward_hook(leave))
+        for path, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, path)))
+            hooks.append(module.register_forward_hook(functools.partial(self._leave, path)))
         try:
             with self:
                 yield
@@ -67,8 +46,8 @@ class Listener(TorchFunctionMode):
 
     def tap(self, name: str, x: Any) -> Any:
         """`x`, its value and its gradient written down; what stops the gradient comes before."""
-        self.seen.add(name)
-        if name not in self.wanted or not torch.is_tensor(x) or not x.is_floating_point():
+        self.found.seen.add(name)
+        if name not in self.found.wanted or not torch.is_tensor(x) or not x.is_floating_point():
             return x
         values, gradients = self.found.values[name], self.found.gradients[name]
         values.append(x.numpy(force=True).copy())
@@ -84,22 +63,22 @@ class Listener(TorchFunctionMode):
         return x
 
     def _enter(self, path: str, module: Any, args: tuple) -> tuple:
-        self.running.append(path)
+        self.found.running.append(path)
         return tuple(self.tap(f"{path}:in{i}", x) for i, x in enumerate(args))
 
     def _leave(self, path: str, module: Any, args: tuple, result: Any) -> Any:
-        self.running.pop()
+        self.found.running.pop()
         if isinstance(result, tuple):
             return tuple(self.tap(f"{path}:out{i}", x) for i, x in enumerate(result))
         return self.tap(path, result)
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.wide:
-            func, args, kwargs = _widened(func, args, kwargs)
-        path = self.running[-1]
+            func = torch.Tensor.double if func is torch.Tensor.float else func
+            args = [torch.float64 if x is torch.float32 else x for x in args]
+            kwargs = {k: torch.float64 if x is torch.float32 else x for k, x in kwargs.items()}
+        path = self.found.running[-1]
         name = f"{path}>{getattr(func, '__name__', '')}"
         call = f"{name}#{self.calls[name]}" if self.calls[name] else name
         self.calls[name] += 1
@@ -110,8 +89,6 @@ class Listener(TorchFunctionMode):
             func = functools.partial(self._attention, path)
         return self.tap(call, func(*args, **kwargs))
 
-    # ---- dropout --------------------------------------------------------------------------------
-
     def _dropout(
         self, path: str, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Any:
@@ -120,8 +97,7 @@ class Listener(TorchFunctionMode):
         if self.masks:
             return x * self._mask(path, x) / (1 - p)
         result = DROPOUT(x, p, True)
-        dropped = result[x != 0] == 0
-        self.shares[path] = Share(int(dropped.sum()), dropped.numel(), p)
+        self.found.drawn[path] = result[x != 0].numpy(force=True), p
         return result
 
     def _attention(
@@ -148,27 +124,15 @@ class Listener(TorchFunctionMode):
         return to_torch(keep != 0).to(x.dtype)
 
 
-def _widened(func: Callable, args: Any, kwargs: Any) -> tuple:
-    if func is torch.Tensor.float:
-        func = torch.Tensor.double
-    wide = [torch.float64 if x is torch.float32 else x for x in args]
-    return func, wide, {k: torch.float64 if x is torch.float32 else x for k, x in kwargs.items()}
-
-
 class TorchSide:
     """The module in one dtype."""
 
     def __init__(self, port: Port, dtype: str):
-        self.port, self.dtype = port, dtype
+        self.port, self.dtype, self.wide = port, dtype, dtype == "float64"
         self.batch = as_arrays(port.batch, dtype, to_torch)
-        with stops("PyTorch", "made"), self._listener(torch.nn.Module()).listening():
+        with stops("PyTorch", "made"), Listener(self.wide).listening(torch.nn.Module()):
             self.model = port.torch_model().to(getattr(torch, dtype))
         self.parameters = dict(self.model.named_parameters())
-
-    def _listener(
-        self, model: torch.nn.Module, wanted: Iterable[str] = (), masks: Mapping[str, list] = {}
-    ) -> Listener:
-        return Listener(model, wanted, masks, wide=self.dtype == "float64")
 
     def named(self) -> dict[str, np.ndarray]:
         """Its parameters by their names."""
@@ -177,36 +141,29 @@ class TorchSide:
     def load(self, named: Mapping[str, np.ndarray]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(to_torch(named[name]).view_as(parameter))
+                parameter.copy_(to_torch(named[name]))
 
-    def run(
-        self, wanted: Iterable[str] = (), masks: Mapping[str, list] = {}, train: bool = False
-    ) -> Listener:
+    def run(self, wanted: Iterable[str] = (), masks: Mapping = {}, train: bool = False) -> Pass:
         """One pass forward and backward; without masks it draws its own."""
         self.model.train(train)
         self.model.zero_grad()
-        listener = self._listener(self.model, wanted, masks)
-        with listener.listening():
-            with stops("PyTorch", "forward", listener.running):
+        listener = Listener(self.wide, wanted, masks)
+        found = listener.found
+        with listener.listening(self.model):
+            with stops("PyTorch", "forward", found.running):
                 logits = listener.tap("logits", self.port.forward(self.model, self.batch))
                 require_logits("PyTorch", logits, self.dtype)
             with stops("PyTorch", "loss"):
                 loss = self.port.losses[1](logits, self.batch)
         with stops("PyTorch", "backward"):
             loss.backward()
-        listener.found.loss = loss.numpy(force=True)
+        found.loss = loss.numpy(force=True)
         for name, p in self.parameters.items():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            listener.found.leaves[name] = gradient.numpy(force=True).copy()
-        return listener
+            found.leaves[name] = gradient.numpy(force=True).copy()
+        return found
 
     def updates(self) -> Callable:
         """A function that takes a step with the gradients that are there."""
         with stops("PyTorch", "update"):
-            optimizer = self.port.optimizers[1](self.model)
-
-        def step() -> None:
-            with stops("PyTorch", "update"):
-                optimizer.step()
-
-        return step
+            return stops("PyTorch", "update")(self.port.optimizers[1](self.model).step)
