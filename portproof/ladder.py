@@ -144,7 +144,8 @@ class Pair:
             calls = ours.values[mask.jax]
             n = len(calls) // sum(other.jax == mask.jax for other in self.masks)
             with stops("the table", f"masks of {mask.torch}"):
-                masks[mask.torch] = mask.function(calls[mask.call * n : (mask.call + 1) * n])
+                own = mask.function(calls[mask.call * n : (mask.call + 1) * n])
+                masks[mask.torch] = own if isinstance(own, list) else [own]  # one, if joined
         if set(masks) != set(drawn):
             sites, named = (", ".join(sorted(sites)) or "no place" for sites in (drawn, masks))
             raise BadInput(
