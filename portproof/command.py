@@ -4,32 +4,43 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import NoReturn
 
 from portproof.ladder import prove
 from portproof.port import BadInput, Port
 
-EQUAL, DIFFERS, BAD = 0, 1, 2
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line, as all bad input is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message)
 
 
 def main(
     make: Callable[[], Port], faults: Mapping[str, Callable[[], AbstractContextManager]] = {}
 ) -> None:
-    """Proves the port that `make` makes, under one of the faults if asked; ends the program."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    if faults:
-        parser.add_argument("--fault", choices=faults, help="plant it first")
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
-    parser.add_argument("--steps", type=int, default=5, help="updates (default: 5)")
-    parser.add_argument("--dtype", choices=("float64",), help="float64 only")
-    options = parser.parse_args()
-    planted = getattr(options, "fault", None)
+    """Proves the port and ends the program: 0 equal, 1 different, 2 bad input."""
     try:
-        with faults[planted]() if planted else nullcontext():
+        options = _options(faults)
+        with faults[options.fault]() if options.fault else nullcontext():
             report = prove(make(), options.steps, float32=not options.dtype)
         print(report)
         if options.html:
             report.html(options.html)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD) from None
-    raise SystemExit(EQUAL if report.passed else DIFFERS)
+        raise SystemExit(2) from None
+    raise SystemExit(0 if report.passed else 1)
+
+
+def _options(faults: Mapping) -> argparse.Namespace:
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--fault", choices=faults, help="plant it first")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
+    parser.add_argument("--steps", type=int, default=5, help="updates (default: 5)")
+    parser.add_argument("--dtype", choices=("float64",), help="float64 only")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"argument --steps: {options.steps} is no update; take 1 or more")
+    return options

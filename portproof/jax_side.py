@@ -14,54 +14,56 @@ import optax
 
 from portproof import taps
 from portproof.leaves import flat, unflat
-from portproof.port import BadInput, Pass, Port, as_arrays, stops
+from portproof.port import BadInput, Pass, Port, as_arrays, require_logits, stops
 
 HERE = str(Path(__file__).parent)
 # Half the time to compile: the same program with less of LLVM's polish.
 PLAIN = {"xla_backend_optimization_level": 0}
+NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class JaxSide:
     """The function in one dtype, its weights, and the programs made of it."""
 
-    def __init__(self, port: Port, dtype: str, leaves: Mapping, wanted: Any, masked: Any):
-        self.port, self.dtype, self.wanted, self.masked = port, dtype, wanted, masked
-        self.leaves = {path: leaf.astype(dtype) for path, leaf in leaves.items()}
+    def __init__(self, port: Port, dtype: str, wanted: frozenset[str]):
+        self.port, self.dtype, self.wanted = port, dtype, wanted
+        self.leaves: dict[str, np.ndarray] = {}
         self.seen: set[str] = set()
         self._programs: dict[tuple, Any] = {}
 
-    @contextlib.contextmanager
-    def exactly(self) -> Iterator[None]:
-        """For all threads: a callback of another one would round what it is handed."""
-        before = jax.config.read("jax_enable_x64")
-        jax.config.update("jax_enable_x64", self.dtype == "float64")
-        try:
-            with jax.default_matmul_precision("highest"):
-                yield
-        finally:
-            jax.config.update("jax_enable_x64", before)
-
-    def run(self, train: bool) -> tuple[Pass, taps.Recorder]:
+    def run(self, train: bool, seed: int = 0) -> Pass:
         """One pass forward, for values and masks, and one backward, for gradients."""
-        loss, forward = self._call("forward", train)
-        (_, (gradients, _)), backward = self._call("backward", train)
-        found = Pass(forward.values, {}, np.asarray(loss), _arrays(gradients))
-        for name, values in forward.values.items():
-            came = backward.gradients.get(name, [])[::-1]  # none where nothing uses the value
+        loss, found = self._call("forward", train, seed)
+        (_, (gradients, _)), backward = self._call("backward", train, seed)
+        found.loss, found.leaves = np.asarray(loss), _arrays(gradients)
+        for name, values in found.values.items():
+            came = backward.gradients[name][::-1]  # none where nothing uses the value
             found.gradients[name] = came or [np.zeros_like(value) for value in values]
-        return found, forward
+        return found
 
-    def loss(self, seed: int, train: bool) -> np.ndarray:
-        """The loss by one key."""
-        return np.asarray(self._call("forward", train, seed)[0])
-
-    def _call(self, doing: str, train: bool, seed: int = 0) -> tuple[Any, taps.Recorder]:
-        recorder = taps.Recorder(self.wanted, self.masked, seen=self.seen)
-        with self.exactly(), stops("JAX", doing, recorder.running), taps.recording(recorder):
+    def _call(self, doing: str, train: bool, seed: int) -> tuple[Any, Pass]:
+        with self._traced(doing) as found:
             inputs = self._inputs(seed)
             if (doing, train) not in self._programs:
                 self._programs[doing, train] = self._compiled(doing, train, inputs)
-            return jax.block_until_ready(self._programs[doing, train](*inputs)), recorder
+            return jax.block_until_ready(self._programs[doing, train](*inputs)), found
+
+    @contextlib.contextmanager
+    def _traced(self, doing: str) -> Iterator[Pass]:
+        """In this dtype for all threads: a callback's would round what it is handed."""
+        found = Pass(self.wanted)
+        found.seen = self.seen  # of all passes, for a program is traced once
+        before = jax.config.read("jax_enable_x64")
+        jax.config.update("jax_enable_x64", self.dtype == "float64")
+        try:
+            with (
+                jax.default_matmul_precision("highest"),
+                stops("JAX", doing, found.running),
+                taps.recording(found),
+            ):
+                yield found
+        finally:
+            jax.config.update("jax_enable_x64", before)
 
     def _compiled(self, doing: str, train: bool, inputs: tuple) -> Any:
         function: Callable = functools.partial(self._loss, deterministic=not train)
@@ -77,44 +79,44 @@ class JaxSide:
     def _loss(self, params: Any, zero: Any, batch: Any, key: Any, deterministic: bool) -> Any:
         taps.differentiate(zero)
         logits = self.port.jax_model(params, batch, key, deterministic)
-        if logits.dtype != self.dtype:
-            raise BadInput(
-                f"JAX's logits are {logits.dtype} with {self.dtype} weights; let the model take "
-                "its dtype from its parameters"
-            )
+        require_logits("JAX", logits, self.dtype)
         return self.port.losses[0](taps.tap("logits", logits), batch)
 
     def require_wide(self) -> None:
         """In float64 nothing may be rounded to less."""
-        recorder = taps.Recorder(frozenset())
-        with self.exactly(), stops("JAX", "forward", recorder.running), taps.recording(recorder):
+        with self._traced("forward"):
             function = functools.partial(self._loss, deterministic=True)
             jaxpr = jax.make_jaxpr(function)(*self._inputs())
-        for equation in _equations(jaxpr.jaxpr):
-            before = [x.aval.dtype for x in equation.invars if hasattr(x.aval, "dtype")][:1]
-            after = equation.params.get("new_dtype")
-            if before == [jnp.float64] and after in (jnp.float32, jnp.bfloat16, jnp.float16):
+        equations = list(jaxpr.eqns)
+        for equation in equations:
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                equations += inner.eqns  # which this loop comes to
+            to = equation.params.get("new_dtype")
+            if to in NARROW and equation.invars[0].aval.dtype == jnp.float64:
+                lines = str(equation.source_info.traceback).splitlines()
+                lines = [x for x in lines if "site-packages" not in x and HERE not in x]
+                place = lines[0].rpartition("/")[2] if lines else "a line of a library"
                 raise BadInput(
-                    f"JAX rounds float64 to {np.dtype(after)} at {_line(equation)}; let the model "
-                    "compute in jnp.promote_types(x.dtype, jnp.float32), or in its weights' dtype"
+                    f"JAX rounds float64 to {np.dtype(to)} at {place}; let the model compute in "
+                    "its weights' dtype, or in jnp.promote_types(x.dtype, jnp.float32)"
                 )
 
     def updates(self) -> Callable:
         """A function of gradients that takes a step; its scalars are float64, as PyTorch's are."""
         transformation = self.port.optimizers[0]
 
+        @functools.partial(jax.jit, compiler_options=PLAIN)
         def update(gradients: Any, state: Any, params: Any) -> Any:
             changes, state = transformation.update(gradients, state, params)
             return optax.apply_updates(params, changes), state
 
-        program = jax.jit(update, compiler_options=PLAIN)
         with jax.enable_x64(True), stops("JAX", "update"):
             state = transformation.init(self._tree(self.leaves))
 
         def step(gradients: Mapping[str, np.ndarray]) -> None:
             nonlocal state
             with jax.enable_x64(True), stops("JAX", "update"):
-                params, state = program(self._tree(gradients), state, self._tree(self.leaves))
+                params, state = update(self._tree(gradients), state, self._tree(self.leaves))
                 self.leaves = _arrays(params)
 
         return step
@@ -125,17 +127,3 @@ class JaxSide:
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in flat(tree).items()}
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)
-
-
-def _line(equation: Any) -> str:
-    """The innermost line outside the libraries: model.py:33 (norm)."""
-    lines = str(equation.source_info.traceback).splitlines()
-    own = [line for line in lines if "site-packages" not in line and HERE not in line]
-    return own[0].rpartition("/")[2] if own else "an unknown line"

@@ -1,6 +1,5 @@
 """The table of leaves: one model's parameters under the other's names, there and back."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from portproof.port import BadInput, nearest, numbers
 
 Shapes = Mapping[str, tuple[int, ...]]
+SIDES = ("PyTorch's", "JAX's")
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def _path(keys: Any) -> str:
 
 
 class Part(NamedTuple):
-    """A leaf of JAX, or one layer of it, in PyTorch's orientation."""
+    """A leaf, or one layer of a stacked one, in PyTorch's orientation."""
 
     path: str
     layer: int | None
@@ -36,117 +36,80 @@ class Part(NamedTuple):
 
     def of(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """A view: what is written there is written into the leaf."""
-        leaf = leaves[self.path] if self.layer is None else leaves[self.path][self.layer]
-        return leaf.swapaxes(-1, -2) if self.transposed else leaf
+        leaf = leaves[self.path][... if self.layer is None else (self.layer, ...)]
+        return np.atleast_1d(leaf.swapaxes(-1, -2) if self.transposed and leaf.ndim > 1 else leaf)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of tensors that are one when joined on PyTorch's axis 0."""
+class Table(NamedTuple):
+    """Rows of PyTorch's and of JAX's parts, which are one tensor when joined on axis 0."""
 
-    rows: tuple[tuple[tuple[str, ...], tuple[Part, ...]], ...]
-    torch_shapes: Shapes
-    jax_shapes: Shapes
+    rows: Sequence[tuple[list[Part], list[Part]]]
+    shapes: tuple[Shapes, Shapes]
 
     def to_torch(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """JAX's leaves under PyTorch's names."""
-        named: dict[str, np.ndarray] = {}
-        for names, parts in self.rows:
-            whole = np.concatenate([np.atleast_1d(part.of(leaves)) for part in parts])
-            ends = np.cumsum([self.torch_shapes[name][0] for name in names])
-            named |= zip(names, np.split(whole, ends[:-1]), strict=True)
-        return named
+        return self._moved(leaves, 1, 0)
 
     def to_jax(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inverse."""
-        dtype = next(iter(named.values())).dtype
-        leaves = {path: np.full(shape, np.nan, dtype) for path, shape in self.jax_shapes.items()}
-        for names, parts in self.rows:
-            whole = np.concatenate([named[name] for name in names])
-            views = [part.of(leaves) for part in parts]
+        return self._moved(named, 0, 1)
+
+    def _moved(self, leaves: Mapping[str, np.ndarray], old: int, new: int) -> dict:
+        dtype = next(iter(leaves.values())).dtype
+        moved = {path: np.full(shape, np.nan, dtype) for path, shape in self.shapes[new].items()}
+        for row in self.rows:
+            whole = np.concatenate([part.of(leaves) for part in row[old]])
+            views = [part.of(moved) for part in row[new]]
             ends = np.cumsum([len(view) for view in views])
             for view, array in zip(views, np.split(whole, ends[:-1]), strict=True):
                 view[...] = array
-        return leaves
-
-    def draw(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Weights far from any init, so that biases and scales matter; float32 holds them."""
-        random = np.random.default_rng(seed)
-        return {
-            path: random.normal(0.1, 0.2, shape).astype(np.float32)
-            for path, shape in self.jax_shapes.items()
-        }
+        return moved
 
 
 def table(rows: Sequence[tuple], torch_shapes: Shapes, jax_shapes: Shapes) -> Table:
-    """The user's rows with every `{i}` spelled out.
-
-    Raises:
-      BadInput: leaves without a counterpart, all of them; or shapes that do not fit.
-    """
-    pairs = [(_listed(theirs), _listed(ours)) for theirs, ours in rows]
-    taken = {name for theirs, _ in pairs for name in theirs if "{i}" not in name}
-    spelled, problems = [], []
-    for theirs, ours in pairs:
-        layers: list[int | None] = [None]
-        if "{i}" in theirs[0]:
-            layers = [*numbers(theirs[0], torch_shapes, taken)]
-            if not layers:
-                problems.append(f"PyTorch's {nearest(theirs[0], torch_shapes)}")
-        spelled += [_spelled(theirs, ours, i) for i in layers]
-    problems += _lost("PyTorch's", [n for names, _ in spelled for n in names], torch_shapes)
-    problems += _lost("JAX's", [p.path for _, parts in spelled for p in parts], jax_shapes)
-    if problems:
-        raise BadInput(f"leaves without a counterpart: {'; '.join(problems)}; mend the table")
-    _require_shapes(spelled, torch_shapes, jax_shapes)
-    return Table(tuple(spelled), torch_shapes, jax_shapes)
-
-
-def _listed(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _spelled(theirs: tuple, ours: tuple, i: int | None) -> tuple:
-    names = [path.removesuffix(".T").replace("{i}", str(i)) for path in ours]
-    parts = [
-        Part(name, None if "{i}" in path else i, path.endswith(".T"))
-        for name, path in zip(names, ours, strict=True)
+    """The user's rows with every `{i}` spelled out; BadInput names all that do not fit."""
+    pairs = [[[x] if isinstance(x, str) else x for x in row] for row in rows]
+    taken = {name for theirs, _ in pairs for name in theirs}
+    spelled = [
+        ([_part(name, i) for name in theirs], [_part(path, i) for path in ours])
+        for theirs, ours in pairs
+        for i in numbers(theirs[0], torch_shapes, taken)
     ]
-    return tuple(name.replace("{i}", str(i)) for name in theirs), tuple(parts)
-
-
-def _lost(side: str, named: list[str], shapes: Shapes) -> list[str]:
-    """What the table names and the model lacks, and what the table does not name."""
-    rest = [name for name in shapes if name not in named]
-    unknown = [n for n in dict.fromkeys(named) if n not in shapes]
-    lines = [f"the table's {side} {nearest(name, rest or shapes)}" for name in unknown]
-    return lines + [f"{side} {nearest(name, unknown or named)}" for name in rest]
-
-
-def _require_shapes(spelled: list, torch_shapes: Shapes, jax_shapes: Shapes) -> None:
-    wrong: list[str] = []
-    layers: dict[str, set] = {}
-    for part in (part for _, parts in spelled for part in parts if part.layer is not None):
-        layers.setdefault(part.path, set()).add(part.layer)
-    for path, indices in layers.items():
-        if indices != set(range((*jax_shapes[path], 0)[0])):
-            shape = list(jax_shapes[path])
-            wrong.append(f"JAX's {path} {shape} is a stack of PyTorch's {sorted(indices)}")
-    zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in jax_shapes.items()}
-    for names, parts in spelled if not wrong else ():
-        theirs = {name: torch_shapes[name] for name in names}
-        ours = {p.path + ".T" * p.transposed: p.of(zeros).shape for p in parts}
-        if _joined(theirs) != _joined(ours):
-            left, right = (
-                ", ".join(f"{name} {list(shape)}" for name, shape in side.items())
-                for side in (theirs, ours)
-            )
-            wrong.append(f"PyTorch's {left} and JAX's {right}")
+    shapes = torch_shapes, jax_shapes
+    lost = [line for n in range(2) for line in _lost(n, spelled, shapes[n])]
+    if lost:
+        raise BadInput(f"leaves without a counterpart: {'; '.join(lost)}; mend the table")
+    zeros = [{path: np.zeros(shape) for path, shape in side.items()} for side in shapes]
+    wrong = [_shown(row, shapes) for row in spelled if not _fits(row, zeros)]
     if wrong:
         raise BadInput(f"shapes that do not fit: {'; '.join(wrong)}; mend the table or a model")
+    return Table(spelled, shapes)
 
 
-def _joined(shapes: Shapes) -> tuple:
-    """The shape of tensors side by side on axis 0."""
-    rests = {tuple(shape[1:]) for shape in shapes.values()}
-    return sum(shape[0] for shape in shapes.values()), rests
+def _part(path: str, i: int | str) -> Part:
+    name = path.removesuffix(".T")
+    layer = None if "{i}" in name or isinstance(i, str) else i
+    return Part(name.replace("{i}", str(i)), layer, name != path)
+
+
+def _lost(n: int, rows: list, shapes: Shapes) -> list[str]:
+    """What the table names and the model lacks, and what the table does not name."""
+    named = list(dict.fromkeys(part.path for row in rows for part in row[n]))
+    rest = [name for name in shapes if name not in named]
+    unknown = [name for name in named if name not in shapes]
+    lines = [f"the table's {SIDES[n]} {nearest(name, rest or shapes)}" for name in unknown]
+    return lines + [f"{SIDES[n]} {nearest(name, unknown or named)}" for name in rest]
+
+
+def _fits(row: tuple, leaves: Sequence[Mapping]) -> bool:
+    """Whether both sides join to one shape."""
+    try:
+        theirs, ours = (np.concatenate([p.of(leaves[n]) for p in row[n]]) for n in range(2))
+    except (IndexError, ValueError):  # a stack that lacks the layer, or parts that do not join
+        return False
+    return theirs.shape == ours.shape
+
+
+def _shown(row: tuple, shapes: Sequence[Shapes]) -> str:
+    sides = [", ".join(f"{p.path} {list(shapes[n][p.path])}" for p in row[n]) for n in range(2)]
+    return f"PyTorch's {sides[0]} and JAX's {sides[1]}"

@@ -1,10 +1,11 @@
 """What is to be proved: two models, the tables that join them, and how it ends early."""
 
+import collections
 import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,16 @@ def stops(side: str, doing: str, running: Sequence[str] = ()) -> Iterator[None]:
         place = ", ".join(filter(None, [side, doing, *running[-1:]]))
         message = " ".join(str(error).split())[:300]
         raise Stopped(f"{place}: {type(error).__name__}: {message}") from error
+
+
+def require_logits(side: str, logits: Any, dtype: str) -> None:
+    """Of the weights' dtype, so that nothing of less precision came before them."""
+    found = str(getattr(logits, "dtype", type(logits).__name__))
+    if found.removeprefix("torch.") != dtype:
+        raise BadInput(
+            f"{side}'s logits are {found} with {dtype} weights; let the model return one array, "
+            "computed in its weights' dtype"
+        )
 
 
 def next_token_jax(logits_BxLxV: Any, tokens_BxL: Any) -> Any:
@@ -82,14 +93,21 @@ class Port:
     losses: tuple[Callable, Callable] = (next_token_jax, next_token_torch)
 
 
-@dataclasses.dataclass
 class Pass:
-    """What one side computed: by the table's names, each a list of calls."""
+    """One pass of one side: what is tapped, the calls at each tap, and what came of it.
 
-    values: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    gradients: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    loss: Any = None
-    leaves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    `seen` is every place that could be tapped, `running` the modules that are being called, and
+    `drawn` what PyTorch kept at each site, and its rate.
+    """
+
+    def __init__(self, wanted: Iterable[str] = ()):
+        self.wanted, self.seen = frozenset(wanted), set[str]()
+        self.running = [""]
+        self.values: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+        self.gradients: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+        self.drawn: dict[str, tuple[np.ndarray, float]] = {}
+        self.leaves: dict[str, np.ndarray] = {}
+        self.loss: Any = None
 
 
 def tokens(*shape: int, vocab: int) -> np.ndarray:
@@ -97,31 +115,23 @@ def tokens(*shape: int, vocab: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, vocab, shape)
 
 
-def numbers(pattern: str, names: Iterable[str], taken: set[str]) -> list[int]:
-    """The numbers that `{i}` stands for in `pattern`.
-
-    >>> numbers("h.{i}.fc", ["h.0.fc", "h.1.fc", "h.2.fc", "ln"], {"h.2.fc"})
-    [0, 1]
-    """
+def numbers(pattern: str, names: Iterable[str], taken: Collection[str] = ()) -> list:
+    """The numbers that `{i}` of "h.{i}.fc" stands for; itself where there are none."""
     form = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d+)"))
-    found = {int(m[1]) for name in names if name not in taken and (m := form.fullmatch(name))}
-    return sorted(found)
+    fits = [m for name in names if name not in taken and (m := form.fullmatch(name))]
+    return sorted(int(m[1]) for m in fits if m.lastindex) or ["{i}"]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The names that it may have meant."""
+    """The name, and those that it may have meant."""
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.0)
     return f"{name} (nearest: {', '.join(close) or 'there are none'})"
 
 
 def as_arrays(batch: Any, dtype: str, make: Callable) -> Any:
     """The batch for one side: its floats in this dtype."""
-
-    def cast(array: Any) -> Any:
-        array = np.asarray(array)
-        return make(array.astype(dtype) if array.dtype.kind == "f" else array)
-
-    return jax.tree.map(cast, batch)
+    arrays = jax.tree.map(np.asarray, batch)
+    return jax.tree.map(lambda a: make(a.astype(dtype) if a.dtype.kind == "f" else a), arrays)
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

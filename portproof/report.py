@@ -1,14 +1,12 @@
 """The verdict: every comparison, in order, and the first that differs."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 FLOAT64_TOLERANCE = 1e-12
-FACTOR, FLOOR = 8.0, 2.0**-22
-"""Of float32's law, `own_rounding`."""
+FACTOR, FLOOR = 8.0, 2.0**-22  # of float32's law, `own_rounding`
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -20,20 +18,18 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
 
 
-def own_rounding(jax: np.ndarray, torch: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(errors, tolerances) of a rung in float32, from each side's distances from float64.
+def own_rounding(own: np.ndarray) -> list[tuple[float, float]]:
+    """An (error, tolerance) for each place of a rung, from both sides' distances from float64.
 
     In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
     errors, whatever these are. What is left to prove is that neither side rounds more than the
     other: at most FACTOR times the other's largest error of the rung (at one place chance rules:
     Adam divides a small gradient by itself), or of FLOOR, a few last bits.
     """
-    own = np.stack([jax, torch])
-    other = np.where(np.isfinite(own), own, 0)[::-1]  # what is not finite allows nothing
-    largest = other.max(axis=1, keepdims=True)
-    allowed = FACTOR * np.maximum(largest, FLOOR) * np.ones_like(own)
-    worse = (own / allowed).argmax(axis=0)  # NaN is the largest
-    return tuple(np.take_along_axis(a, worse[None], axis=0)[0] for a in (own, allowed))
+    largest = np.where(np.isfinite(own), own, 0).max(axis=0)  # what is not finite allows nothing
+    allowed = FACTOR * np.maximum(largest[::-1], FLOOR)
+    worse = (own / allowed).argmax(axis=1)  # NaN is the largest
+    return [(float(errors[i]), float(allowed[i])) for errors, i in zip(own, worse, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +48,11 @@ class Row:
     def passed(self) -> bool:
         return self.error <= self.tolerance  # NaN fails
 
+    @property
+    def excess(self) -> float:
+        """The error in tolerances; what is no number is infinite."""
+        return float(np.nan_to_num(self.error / (self.tolerance or 1.0), nan=np.inf))
+
     def __str__(self) -> str:
         equal = f"; equal up to {self.after}" if self.after else ""
         of = f": the gradient of {self.place}" if self.culprit != self.place else ""
@@ -63,10 +64,7 @@ class Row:
 
     @property
     def culprit(self) -> str:
-        """What is to blame if this is the first that differs.
-
-        A gradient is computed by the backward pass of the operation after it.
-        """
+        """What is to blame if this is first; a gradient is made by the operation after it."""
         return f"{self.after}, backward" if self.rung.endswith("backward") else self.place
 
 
@@ -99,23 +97,25 @@ class Report:
         width = max([21, *(len(row.rung) + 2 for row in self.rows)])
         lines = [f"{'rung':{width}}{'dtype':9}{'places':>7}{'differ':>7}  worst error at"]
         for (rung, dtype), rows in self.groups().items():
-            worst = max(
-                rows, key=lambda row: np.nan_to_num(row.error / (row.tolerance or 1), nan=np.inf)
-            )
+            worst = max(rows, key=lambda row: row.excess)
             differ = sum(not row.passed for row in rows)
             lines.append(
                 f"{rung:{width}}{dtype:9}{len(rows):7}{differ or '':>7}  {worst.error:.1e} of "
                 f"{worst.tolerance:.1e}, {worst.place}"
             )
-        for dtype, errors in self.drift().items():
-            lines.append(f"drift of the loss, {dtype}: " + " ".join(f"{e:.0e}" for e in errors))
+        for (_, dtype), rows in self.groups().items():
+            losses = [f"{r.error:.0e}" for r in rows if r.place.startswith("loss of state")]
+            if losses:
+                lines.append(f"drift of the loss, {dtype}: {' '.join(losses)}")
         return "\n".join(lines)
 
     def following(self) -> list[str]:
         """What differs after the first, in one line; none where nothing does."""
         rows = [row for row in self.rows if not row.passed and row is not self.first]
         places = list(dict.fromkeys(row.place for row in rows))
-        return [f"what follows: {len(rows)} more, {_folded(places)}"] if rows else []
+        more = [f"... and {len(places) - 4} places"] if len(places) > 4 else []
+        named = ", ".join(places[:4] + more)
+        return [f"what follows: {len(rows)} more, {named}"] if rows else []
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:
         """The rows of each rung in each dtype."""
@@ -124,21 +124,8 @@ class Report:
             groups.setdefault((row.rung, row.dtype), []).append(row)
         return groups
 
-    def drift(self) -> dict[str, list[float]]:
-        """How far the losses of the states are apart, in each dtype; relative."""
-        losses: dict[str, list[float]] = {}
-        for row in self.rows:
-            if row.place.startswith("loss of state"):
-                losses.setdefault(row.dtype, []).append(row.error)
-        return losses
-
     def html(self, path: str | Path) -> None:
         """Writes everything as one page."""
         from portproof.page import page
 
         Path(path).write_text(page(self), encoding="utf-8")
-
-
-def _folded(places: Sequence[str], n: int = 4) -> str:
-    more = f", ... and {len(places) - n} places" if len(places) > n else ""
-    return ", ".join(places[:n]) + more

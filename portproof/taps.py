@@ -6,7 +6,6 @@ in the opposite order, also where the loop is unrolled or rematerialized.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,85 +16,71 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from portproof.port import Pass
 
-@dataclasses.dataclass
-class Recorder:
-    """What the taps write to; `running` are the modules that are being called."""
-
-    wanted: frozenset[str]
-    masked: frozenset[str] = frozenset()
-    values: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    gradients: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    masks: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    seen: set[str] = dataclasses.field(default_factory=set)
-    running: list[str] = dataclasses.field(default_factory=list)
-    zero: Any = 0.0
-
-
-_recorder: Recorder | None = None
+_found: Pass | None = None
+_zero: Any = 0.0
 
 
 def differentiate(zero: Any) -> None:
     """All taps from here on are functions of this scalar, of which none uses the value."""
-    if _recorder is not None:
-        _recorder.zero = zero
+    global _zero
+    _zero = zero
 
 
 @contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(found: Pass) -> Iterator[None]:
     """Taps write to it, and Linen's modules are tapped; what runs is done when it ends."""
-    global _recorder
-    _recorder = recorder
+    global _found
+    _found = found
     try:
         with flax.linen.intercept_methods(_linen):
             yield
             jax.effects_barrier()
     finally:
-        _recorder = None
+        _found = None
+        differentiate(0.0)
 
 
 def tap(name: str, x: Any) -> Any:
     """`x` itself, tapped under this name where the port's table asks for it."""
-    if _recorder is None:
+    if _found is None or not isinstance(x, jax.Array):
         return x
-    _recorder.seen.add(name)
-    if name not in _recorder.wanted or not jnp.issubdtype(x.dtype, jnp.floating):
+    _found.seen.add(name)
+    if name not in _found.wanted:
         return x
-    return _tapped(name, x, _recorder.zero)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return _tapped(name, x, _zero)
+    _hand_over("values", name, x)
+    return x
 
 
 def mask(name: str, keep: Any) -> Any:
     """`keep` itself (True where dropout keeps), for PyTorch to drop by too."""
-    if _recorder is not None and name in _recorder.masked:
-        jax.debug.callback(functools.partial(_write, "masks", name), keep, ordered=True)
-    return keep
+    return tap(f"{name}:mask", keep)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tapped(name: str, x: jax.Array, zero: jax.Array) -> jax.Array:
     """`zero` is differentiated, so that the gradient comes here also where x stops it."""
-    jax.debug.callback(functools.partial(_write, "values", name), x, ordered=True)
+    _hand_over("values", name, x)
     return x
 
 
-def _forward(name: str, x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x, zero
-
-
 def _backward(name: str, zero: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    jax.debug.callback(functools.partial(_write, "gradients", name), g, ordered=True)
+    _hand_over("gradients", name, g)
     return g, zero
 
 
-_tapped.defvjp(_forward, _backward)
+_tapped.defvjp(lambda name, x, zero: (x, zero), _backward)
 
 
-def _write(where: str, name: str, array: Any) -> None:
-    if _recorder is not None:
-        getattr(_recorder, where).setdefault(name, []).append(np.array(array))
+def _hand_over(kind: str, name: str, x: jax.Array) -> None:
+    def write(array: Any) -> None:
+        if _found is not None:
+            getattr(_found, kind)[name].append(np.array(array))
 
-
-# ---- modules ------------------------------------------------------------------------------------
+    jax.debug.callback(write, x, ordered=True)
 
 
 def _linen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -106,7 +91,7 @@ def _linen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
 
 def watch(model: Any) -> Any:
     """An NNX model whose modules are tapped by their paths; outside a proof the model itself."""
-    if _recorder is not None:
+    if _found is not None:
         for path, node in list(nnx.iter_graph(model)):
             if isinstance(node, nnx.Module) and callable(node):
                 node.__class__ = _watched(type(node), "/".join(map(str, path)))
@@ -121,36 +106,25 @@ def _watched(base: type, path: str) -> type:
 
 
 def _module(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
-    if _recorder is None:
+    if _found is None:
         return call(*args, **kwargs)
-    _recorder.running.append(path)
-    args = _tapped_each(f"{path}:in", args)
-    if path in _recorder.masked:
-        result = _dropout(path, call, args, kwargs)
-    else:
-        result = call(*args, **kwargs)
+    _found.running.append(path)
+    args = tuple(tap(f"{path}:in{i}", x) for i, x in enumerate(args))
+    if f"{path}:mask" in _found.wanted:
+        call = functools.partial(_dropout, path, call)
+    result = call(*args, **kwargs)
+    _found.running.pop()
     if isinstance(result, tuple):
-        result = _tapped_each(f"{path}:out", result)
-    else:
-        (result,) = _tapped_each(path, (result,), "")
-    _recorder.running.pop()
-    return result
+        return tuple(tap(f"{path}:out{i}", x) for i, x in enumerate(result))
+    return tap(path, result)
 
 
-def _tapped_each(name: str, parts: tuple, form: str = "{}") -> tuple:
-    return tuple(
-        tap(name + form.format(i), x) if isinstance(x, jax.Array) else x
-        for i, x in enumerate(parts)
-    )
-
-
-def _dropout(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
+def _dropout(path: str, call: Callable, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
     """The call with its mask written down, which its output tells where its input is not 0.
 
     So 1 is put there for the call, and taken out again; neither has a gradient.
     """
-    x, *more = args
     one = jax.lax.stop_gradient(jnp.where(x == 0, 1, 0).astype(x.dtype))
-    result = call(x + one, *more, **kwargs)
+    result = call(x + one, *args, **kwargs)
     mask(path, result != 0)
     return result - jax.lax.stop_gradient(result) * one

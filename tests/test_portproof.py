@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import portproof
 from portproof import leaves, report, taps, torch_side
+from portproof.port import Pass
 from tests.tiny import ROOT
 
 slow = pytest.mark.slow
@@ -138,10 +139,15 @@ def exchanged(x_BxLxD, kernel_DxD):
     return x_BxLxD @ kernel_DxD.T
 
 
+def not_a_number(x_BxLxD, kernel_DxD):
+    return x_BxLxD @ kernel_DxD * jnp.nan
+
+
 @pytest.mark.parametrize(
     ("changes", "rung", "culprit"),
     [
         ({"fc": exchanged}, "2 taps forward", "block 0: tanh"),
+        ({"fc": not_a_number}, "2 taps forward", "block 0: tanh"),
         ({"fc": doubled}, "4 taps backward", "block 2: tanh, backward"),
         ({"rate": 0.4}, "7 dropout, forward", "block 0"),
         ({"rate": 0.4, "keep": 0.6}, "7 dropout, forward", "block 0"),
@@ -151,6 +157,18 @@ def exchanged(x_BxLxD, kernel_DxD):
 def test_the_first_place_that_differs_is_the_planted_one(changes, rung, culprit):
     proved = portproof.prove(with_model(**changes), float32=False)
     assert (proved.first.rung, proved.first.culprit) == (rung, culprit), proved
+
+
+def test_a_gradient_that_pytorch_stops_is_named_where_it_stops(monkeypatch):
+    tanh = torch.tanh
+    monkeypatch.setattr(torch, "tanh", lambda x: tanh(x.detach()))
+    proved = portproof.prove(PORT, float32=False)
+    assert proved.first.culprit == "block 2: tanh, backward", proved
+
+
+def test_rows_that_share_a_place_are_all_compared():
+    proved = portproof.prove(changed(taps=[("wrong", "embed", "tanh"), *TAPS]), float32=False)
+    assert proved.first.place == "wrong", proved
 
 
 def test_float32_sees_one_side_that_computes_in_bfloat16():
@@ -188,10 +206,9 @@ def test_nan_and_another_shape_differ():
     assert report.relative(np.zeros(3), np.zeros(4)) == np.inf
     row = report.Row("2 taps forward", "float64", "x", np.nan, 1.0)
     assert not row.passed
-    errors, tolerances = report.own_rounding(np.array([np.nan, 1e-7]), np.array([1e-7, 1e-7]))
-    assert list(errors <= tolerances) == [False, True]
-    errors, tolerances = report.own_rounding(np.array([1e-7, 1e-7]), np.array([np.inf, 1e-7]))
-    assert list(errors <= tolerances) == [False, True]
+    for wrong in ([np.nan, 1e-7], [1e-7, np.inf]):
+        law = report.own_rounding(np.array([wrong, [1e-7, 1e-7]]))
+        assert [error <= tolerance for error, tolerance in law] == [False, True]
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -225,14 +242,28 @@ BAD = {
         "JAX's had (nearest: head",
     ),
     "a shape": ({"leaves": [*LEAVES[:3], ("head.weight", "head")]}, "head.weight [29, 6]"),
-    "a stack": ({"params": PORT.params | {"bias": shape(2, D)}}, "bias [2, 6] is a stack of"),
+    "a stack": (
+        {"params": PORT.params | {"bias": shape(2, D)}},
+        "blocks.2.fc.bias [6] and JAX's bias [2, 6]",
+    ),
     "a tap of PyTorch": (
         {"taps": [*TAPS, ("x", "blocks.0.fd", "block")]},
         "PyTorch's taps that never fire: blocks.0.fd (nearest: blocks.0.fc",
     ),
     "a tap of JAX": ({"taps": [*TAPS, ("x", "head", "tahn")]}, "fire: tahn (nearest: tanh"),
+    "a tap that fires less": (
+        {"taps": [*TAPS, ("{i}", "blocks.{i}", "embedding")]},
+        "embedding, call 1 (nearest: embedding",
+    ),
+    "logits that are no array": (
+        {"forward": lambda model, tokens: (model(tokens),)},
+        "PyTorch's logits are tuple with float64 weights",
+    ),
     "a mask": ({"masks": [("blocks.{i}", "keeps")]}, "JAX's masks that never fire: keeps"),
-    "no masks": ({"masks": []}, "PyTorch drops at blocks.0, blocks.1, blocks.2 beyond"),
+    "no masks": (
+        {"masks": []},
+        "PyTorch drops at blocks.0, blocks.1, blocks.2, and the table of masks names no place",
+    ),
     "randomness in JAX": ({"jax_model": draws}, "JAX's result changes with the key"),
     "randomness in PyTorch": ({"torch_model": Noisy}, "PyTorch's two runs in eval mode differ"),
     "float32 in JAX": (
@@ -256,22 +287,41 @@ def test_bad_input_is_one_line(case, monkeypatch, capsys):
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        (["--steps", "0"], "argument --steps: 0 is no update"),
+        (["--dtype", "y"], "argument --dtype: invalid choice: 'y' (choose from "),
+        (["--fault", "z"], "argument --fault: invalid choice: 'z'"),
+        (["--step", "1"], "unrecognized arguments: --step 1"),
+    ],
+)
+def test_a_bad_option_is_one_line(options, words, monkeypatch, capsys):
+    assert ends(PORT, monkeypatch, *options) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {words}")
+    assert line.count("\n") == 1
+
+
 # ---- the table of leaves ------------------------------------------------------------------------
 
 ROWS = [
     (["a.{i}.q", "a.{i}.k"], "qk.T"),  # joined there, stacked here
     ("a.{i}.g", ["left/{i}", "right/{i}"]),  # split here
     ("a.2.q", "last"),
+    ("a.{i}.s", "scales"),  # scalars
 ]
 TORCH = {f"a.{i}.{n}": (s, 3) for i in range(2) for n, s in (("q", 4), ("k", 2), ("g", 5))}
-TORCH |= {"a.2.q": (2, 2)}
-OURS = {"qk": (2, 3, 6), "last": (2, 2)}
+TORCH |= {"a.2.q": (2, 2), "a.0.s": (), "a.1.s": ()}
+OURS = {"qk": (2, 3, 6), "last": (2, 2), "scales": (2,)}
 OURS |= {f"left/{i}": (1, 3) for i in range(2)} | {f"right/{i}": (4, 3) for i in range(2)}
 
 
 def test_leaves_go_there_and_back():
     table = leaves.table(ROWS, TORCH, OURS)
-    drawn = table.draw()
+    random = np.random.default_rng(0)
+    drawn = {path: random.normal(size=shape) for path, shape in OURS.items()}
     named = table.to_torch(drawn)
     assert {name: array.shape for name, array in named.items()} == TORCH
     np.testing.assert_array_equal(named["a.1.k"], drawn["qk"][1].T[4:])
@@ -319,7 +369,7 @@ def test_a_scanned_taps_calls_are_in_order(depth, unroll, remat):
             x = x + values[-1]
         return (x**2).sum(), values
 
-    forward, backward = (taps.Recorder(frozenset("h")) for _ in range(2))
+    forward, backward = (Pass("h") for _ in range(2))
     with taps.recording(forward):
         jax.jit(scanned)(kernels, 0.0)
     jax.clear_caches()
@@ -352,9 +402,11 @@ def test_attention_by_hand_is_the_fused_one(options):
     keep = np.ones((2, 4, 5, 5), bool)
     keep[1, 2] = False
     module = torch.nn.Module()
-    module.forward = lambda q: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, **options)
-    listener = torch_side.Listener(module, set(), {"": [keep]}, wide=False)
-    with listener.listening():
+    how = {"attn_mask": None} | options
+    place = how.pop("attn_mask"), 0.5  # by place, as no other test does
+    module.forward = lambda q: F.scaled_dot_product_attention(q, k, v, *place, **how)
+    listener = torch_side.Listener(wide=False, masks={"": [keep]})
+    with listener.listening(module):
         found = module(q)
     expected = 2 * F.scaled_dot_product_attention(q, k, v, **options)
     expected[1, 2] = 0
