@@ -288,12 +288,20 @@ def mutants() -> str:
 
 
 def survivors() -> str:
-    """Each mutant that nothing saw."""
-    rows = [
-        [m["place"], " → ".join(f"`{line[1:].strip()}`" for line in m["diff"].splitlines()[:2])]
-        for m in read("mutants.json")["survivors"]
-    ]
-    return markdown(["place", "the line, and what became of it"], rows)
+    """Each mutant that nothing saw, and why."""
+    rows = []
+    for m in read("mutants.json")["survivors"]:
+        old, new = (
+            " ".join(line[1:].strip() for line in m["diff"].splitlines() if line[0] == sign)
+            for sign in "-+"
+        )
+        change = f"`{_short(old)}` → `{_short(new)}`".replace("|", "\\|")
+        rows.append([m["place"], m["operator"], change, m["why"] or "**open**"])
+    return markdown(["place", "operator", "the line, and what became of it", "why"], rows)
+
+
+def _short(code: str, n: int = 90) -> str:
+    return code if len(code) <= n else f"{code[:n]} ..."
 
 
 # ---- experiments --------------------------------------------------------------------------------
