@@ -16,6 +16,7 @@ from jax_model5.errors import ArgumentParser, UserError, one_line_errors, requir
 from jax_model5.startup import keep_programs
 
 if __name__ == "__main__":  # before what imports it
+    jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     with one_line_errors():
         require_torch("command", "python -m parity_tests")
 
@@ -106,7 +107,6 @@ def write_page(
 def use_device(name: str) -> None:
     """JAX on this device, its compiled programs kept for the next time as training's are."""
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
-    jax.config.update("jax_num_cpu_devices", 4)  # the rung of four devices
     keep_programs(DataConfig().cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a thousand small ones
     try:

@@ -1,5 +1,6 @@
 """The mutants: what each operator makes of a line, and how one is planted, caught, and located."""
 
+import functools
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from parity_tests import explained, mutants, places, score
 from tests.tiny import ROOT
 
 FILE = "torch_ref/model.py"
+every_mutant = functools.cache(lambda: list(score.all_mutants()))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_statements_are_deleted_and_exchanged():
 
 
 def test_every_mutant_is_python_and_has_a_place():
-    for mutant in score.all_mutants():
+    for mutant in every_mutant():
         compile(mutant.source, mutant.file, "exec")
         if mutant.scope:
             stem = mutant.file.partition("/")[2].removesuffix(".py")
@@ -52,7 +54,7 @@ def test_every_mutant_is_python_and_has_a_place():
 
 @pytest.mark.parametrize("pattern", [*explained.NOT_RUN, *explained.EXPLAINED], ids=str)
 def test_each_explanation_explains_something(pattern):
-    assert any(score.explanation(mutant, [pattern]) for mutant in score.all_mutants())
+    assert any(score.explanation(mutant, [pattern]) for mutant in every_mutant())
 
 
 CHANGES = [  # file, a line, what becomes of it
@@ -63,7 +65,7 @@ CHANGES = [  # file, a line, what becomes of it
 
 
 def chosen(file, before, after):
-    every = (m for m in score.all_mutants() if m.file == file and m.code.strip().startswith(before))
+    every = (m for m in every_mutant() if m.file == file and m.code.strip().startswith(before))
     return next(m for m in every if m.diff.partition("\n+")[2].strip().startswith(after))
 
 

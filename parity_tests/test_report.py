@@ -60,7 +60,7 @@ def test_each_fault_is_a_fault_of_its_own():
         ("unscaled attention", "in PyTorch, scores are not scaled by 1/sqrt(K)"),
         ("off-by-one mask", "in PyTorch, the mask shows the next token"),
         ("logits in bfloat16", "PyTorch that departs from its definition: its values are those of"),
-        ("survivors divided by the rate", "in JAX"),
+        ("survivors divided by the rate", "it is JAX that departs from its definition by a factor"),
     ],
 )
 def test_the_cause_is_named(fault, cause):
