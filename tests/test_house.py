@@ -120,7 +120,8 @@ def test_every_file_and_function_fits():
     for package, _, path in [*files(), *scripts]:
         source = path.read_text()
         assert too_long(source, LONGEST_FUNCTION) == [], path
-        assert package == "torch_ref" or len(source.splitlines()) <= LONGEST_FILE, path
+        has_no_limit = package in ("torch_ref", "docs")
+        assert has_no_limit or len(source.splitlines()) <= LONGEST_FILE, path
 
 
 def test_a_long_function_is_seen():
