@@ -5,8 +5,9 @@ import math
 
 from portproof.report import Report, Row
 
-STYLE = """body{font:15px sans-serif;margin:2em auto;max-width:75em;color:#222}
-table{border-collapse:collapse;font-size:13px}td,th{padding:1px 10px;text-align:left}
+STYLE = """body{font:15px sans-serif;margin:2em auto;padding:0 1em;max-width:75em;color:#222}
+table{display:block;overflow-x:auto;border-collapse:collapse;font-size:13px}
+td,th{padding:1px 10px;text-align:left}
 svg{display:block}pre{white-space:pre-wrap}summary{cursor:pointer}.verdict{font-size:18px}
 .differs{background:#fdd}.first{outline:3px solid #000}.follows{opacity:.3}"""
 PASSES = ("2 taps forward", "4 taps backward", "7 dropout, forward", "7 dropout, backward")
