@@ -78,10 +78,14 @@ def counterparts(model: torch.nn.Module, config: ModelConfig) -> dict[str, torch
 
 
 def load(model: torch.nn.Module, params: Any, config: ModelConfig) -> None:
-    """Copies JAX's parameters into the module. Raises Mismatch where it lacks one."""
-    named = to_torch(params, config)
+    """Copies JAX's parameters into the module. Raises Mismatch where one is not there, or not so."""
+    named, found = to_torch(params, config), counterparts(model, config)
+    for name, parameter in found.items():
+        shapes = list(parameter.shape), list(named[name].shape)
+        if shapes[0] != shapes[1]:
+            raise Mismatch(f"the PyTorch model's {name} is {shapes[0]} and should be {shapes[1]}")
     with torch.no_grad():
-        for name, parameter in counterparts(model, config).items():
+        for name, parameter in found.items():
             parameter.copy_(named[name])
 
 

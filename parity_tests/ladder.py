@@ -520,6 +520,12 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
     yield "softmax in bfloat16", _is_rounded_once(found[0], exact), True
     logits = kernels.matmul_transposed(x.astype(jnp.bfloat16), pair.params["wte"].astype("float32"))
     yield "logits stay in float32", logits.dtype == jnp.float32, True
+    for dtype in ("float32", "bfloat16"):
+        of_dtype = dataclasses.replace(config, model=dataclasses.replace(c, dtype=dtype))
+        with torch_ref.step.autocast(torch.zeros(1), of_dtype):
+            casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        is_cast = casts == (True, torch.bfloat16)
+        yield f"PyTorch under {dtype} casts to bfloat16", is_cast, dtype == "bfloat16"
 
 
 def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:

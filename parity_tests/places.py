@@ -101,6 +101,7 @@ PLACES: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
     "step.make_scheduler": ("optimizer",),
     "step.schedule": ("optimizer",),
     "step.eval_step": ("evaluation",),
+    "step.autocast": (*NORMS, "attention weights", "gelu", "logits", "loss", "step"),
     "step.": ("gradients", "optimizer", "step"),
 }
 

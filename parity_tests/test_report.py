@@ -92,6 +92,18 @@ def test_a_fault_reads_as_one_line_and_a_page(monkeypatch, capsys, tmp_path):
     assert "block 0: gelu" in text
 
 
+def test_a_parameter_of_another_shape_is_a_verdict(monkeypatch):
+    class Wide(torch_ref.model.Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.out = torch.nn.Linear(config.d_model, 4 * config.d_model)
+
+    monkeypatch.setattr(torch_ref.model, "Block", Wide)
+    row = report.first_difference(report.default_config("float64"))
+    assert row.operation == "parameters"
+    assert "blocks.0.out.weight is [64, 16] and should be [16, 64]" in row.what
+
+
 @pytest.mark.parametrize(
     ("part", "name"), [("sigmoid", "sigmoid GELU"), ("TANH for erf", "tanh for erf")]
 )
