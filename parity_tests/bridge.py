@@ -78,7 +78,7 @@ def counterparts(model: torch.nn.Module, config: ModelConfig) -> dict[str, torch
 
 
 def load(model: torch.nn.Module, params: Any, config: ModelConfig) -> None:
-    """Copies JAX's parameters into the module. Raises Mismatch where one is not there, or not so."""
+    """Copies JAX's parameters into the module. Raises Mismatch where one is gone, or misshapen."""
     named, found = to_torch(params, config), counterparts(model, config)
     for name, parameter in found.items():
         shapes = list(parameter.shape), list(named[name].shape)

@@ -32,6 +32,8 @@ EXPLAINED = [
     ("torch_ref/model.py:*init*", "gradient stopped", _UNDIFFERENTIATED),
     ("jax_model5/model.py:*_init*", "gradient stopped", _UNDIFFERENTIATED),
     ("*:_over_micro_batches", "zeros = *low_precision(gradients)", "zeros are exact"),
+    ("*:_over_micro_batches", "+    zeros = ((jnp.zeros(())), ", "JAX's own default is that dtype"),
+    ("*:loss_and_gradients*", "merge(frozen, moving)", "two parts without a common leaf"),
     ("*:_over_micro_batches", "low_precision(jax.tree.map(jnp.zeros_like", "zeros are exact"),
     (
         "torch_ref/model.py:*__init__",
