@@ -56,6 +56,13 @@ EXPLAINED = [
         "the form by hand below it computes the same",
     ),
     ("torch_ref/*", "argument dropped*device=", "a CPU is one device"),
+    ("torch_ref/loss.py:loss", "statements exchanged", "two lines that do not need each other"),
+    (
+        "jax_model5/model.py:Attention._cached",
+        "stack(?1 * start_B, start_B, 0 * start_B",
+        "XLA moves the start of a whole axis back to 0",
+    ),
+    ("*:at_least_float32", "promote_types(jnp.float32, dtype)", "the same in either order"),
     ("jax_model5/model.py:run_block*", "prevent_cse", _MEMORY),
     ("jax_model5/model.py:run_block*", "remat", _MEMORY),
     ("jax_model5/model.py:Model5.features", "unroll", _MEMORY),
