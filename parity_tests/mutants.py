@@ -3,12 +3,16 @@
 import ast
 import dataclasses
 import difflib
+import functools
 import itertools
+import re
 from collections.abc import Iterator
 
 # Calls through these names are of functions; through any other, of an object's method.
 _MODULES = {"F", "checkpoint_policies", "contextlib", "dataclasses", "functools", "jax", "jnp"}
 _MODULES |= {"flash", "math", "nn", "optax", "sharding", "torch"}
+
+_TOKEN = re.compile(r"\d[\w.]*|\w+|[^\w\s]")
 
 _SWAPPED: dict[type, tuple[type, ...]] = {
     ast.Add: (ast.Sub,),
@@ -52,6 +56,19 @@ class Mutant:
     def code(self) -> str:
         """The line that was changed, as it was."""
         return next(line[1:] for line in self.diff.splitlines() if line.startswith("-"))
+
+    @functools.cached_property
+    def change(self) -> str:
+        """What is gone -> what came, in tokens: of a call of many lines only what differs."""
+        lines = self.diff.replace("'", '"').splitlines()  # `ast` has quotes of its own
+        before, after = (
+            _TOKEN.findall("\n".join(line[1:] for line in lines if line[0] == sign))
+            for sign in "-+"
+        )
+        edits = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+        gone = [token for kind, i, j, *_ in edits if kind != "equal" for token in before[i:j]]
+        came = [token for kind, *_, i, j in edits if kind != "equal" for token in after[i:j]]
+        return f"{' '.join(gone)} -> {' '.join(came)}"
 
 
 def mutants(file: str, source: str) -> Iterator[Mutant]:

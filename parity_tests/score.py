@@ -180,8 +180,9 @@ def all_mutants() -> Iterator[Mutant]:
 
 
 def explanation(mutant: Mutant, among: list[tuple[str, str, str]]) -> str | None:
-    """The sentence of the first pattern that fits the place, and the operator with the diff."""
-    place, change = f"{mutant.file}:{mutant.scope}", f"{mutant.operator}\n{mutant.diff}"
+    """The sentence of the first pattern that fits the place, and the change with its line."""
+    place = f"{mutant.file}:{mutant.scope}"
+    change = f"{mutant.operator}: {mutant.change}\n{mutant.code}"
     for where, what, sentence in among:
         if fnmatch.fnmatchcase(place, where) and fnmatch.fnmatchcase(change, f"*{what}*"):
             return sentence

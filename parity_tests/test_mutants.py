@@ -57,6 +57,21 @@ def test_each_explanation_explains_something(pattern):
     assert any(score.explanation(mutant, [pattern]) for mutant in every_mutant())
 
 
+@pytest.mark.parametrize(
+    ("scope", "what"),
+    [
+        ("Model5.features", "swapped: *split_rngs = "),  # another argument than unroll
+        ("Block.__call__", "operator: + -> "),  # inside sharding.row_major(...)
+        ("Block.__call__", "statement deleted: return sharding . row_major"),
+    ],
+)
+def test_an_explanation_excuses_nothing_beside_it(scope, what):
+    pattern = (f"jax_model5/model.py:{scope}", what, "one of them")
+    found = [mutant for mutant in every_mutant() if score.explanation(mutant, [pattern])]
+    assert found
+    assert [m.diff for m in found if score.explanation(m, explained.EXPLAINED)] == []
+
+
 CHANGES = [  # file, a line, what becomes of it
     (FILE, "return x * self.mask / (1 - self.rate)", "return x * self.mask / (2 - self.rate)"),
     ("torch_ref/step.py", "optimizer.zero_grad()", "pass"),
@@ -101,3 +116,4 @@ def test_what_is_no_place_of_a_fault_is_not_near_it():
     assert places.is_near("model.Block.forward", ["MLP residual"])
     assert not places.is_near("block 1: gelu", ["ln_1"])
     assert not places.is_near("optimizer", ["logits"])
+    assert not places.is_near("neither model", ["logits"])
