@@ -64,7 +64,10 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
     found = report.as_report(rows)
     print(found.table(), *found.following(), sep="\n", flush=True)
     verdicts = [found.verdict] if found.first else []
-    if options.drift and not any(row.stage == "parameters" and not row.passed for row in rows):
+    cannot_run = any(
+        row.stage == "parameters" or row.what == "stops" for row in rows if not row.passed
+    )
+    if options.drift and not cannot_run:
         drifts = [drift.measure(configs[0], options.drift, dropout) for dropout in (0.0, 0.1)]
         figures.append(drift.plot(drifts))
         for each in drifts:

@@ -23,6 +23,7 @@ _DISTANCES = {
 # Of chance: JAX's own rounding was 0.9 to 2.6 times PyTorch's in runs of 200 and 40 steps, and the
 # distance in float64 0.8 of what float32's rounding foretells.
 _MARGIN = 4.0
+_UPDATE = dataclasses.replace(ladder.ADAMW, clip_norm=0.5)
 _FINER = 2.0**-29  # float64's rounding over float32's
 _LAST_BITS = 8 * 2.0**-52  # of a loss near 4 nats, from one operation or two
 
@@ -66,9 +67,14 @@ def band(distances: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def measure(config: TrainConfig, n_steps: int, dropout: float) -> Drift:
-    """N steps of both frameworks, in float32 and in float64 from the same weights and batches."""
-    model = dataclasses.replace(config.model, dropout=dropout)
-    config = dataclasses.replace(config, model=model, steps=n_steps)
+    """N steps of both frameworks, in float32 and in float64 from the same weights and batches.
+
+    Of two layers, on whole batches: drift is a matter of many steps.
+    """
+    model = dataclasses.replace(config.model, dropout=dropout, n_layers=2)
+    config = dataclasses.replace(
+        config, model=model, steps=n_steps, batch_size=3, accumulate=1, optimizer=_UPDATE
+    )
     runs = {dtype: ladder.train_both(_pair(config, dtype)) for dtype in ladder.DTYPES}
     losses: dict[str, list[float]] = {name: [] for name in _DISTANCES}
     parameters: dict[str, list[float]] = {name: [] for name in _DISTANCES}

@@ -20,11 +20,11 @@ import torch_ref.step
 from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, programs, step
 from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from parity_tests import bridge, chance
+from portproof.report import FLOAT64_TOLERANCE, relative
 
 DTYPES = ("float64", "float32")
 
-# The largest error allowed. float64 leaves rounding no room: what is above 1e-12 is a bug.
-FLOAT64_TOLERANCE = 1e-12
+# The largest errors allowed. float64 leaves rounding no room: what is above 1e-12 is a bug.
 # Beside each: the worst error measured on a CPU, which it exceeds at most fourfold.
 FLOAT32_TOLERANCES: dict[str, float] = {
     "2 operations": 6e-7,  # 2.1e-7
@@ -72,15 +72,6 @@ def tolerance(rung: str, dtype: str) -> float:
     if rung in EXACT:
         return 0.0
     return FLOAT64_TOLERANCE if dtype == "float64" else FLOAT32_TOLERANCES[rung]
-
-
-def relative(found: Any, expected: Any) -> float:
-    """||found - expected|| / ||expected||, computed in float64."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    if found.shape != expected.shape:
-        return np.inf
-    scale = np.linalg.norm(expected)
-    return float(np.linalg.norm(found - expected) / (scale if scale else 1.0))
 
 
 def max_abs(found: Any, expected: Any) -> float:
@@ -682,10 +673,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "d_model": 64,
     },
 }
-# Every rung on the full size's own choice, whose trunk is scanned, and on its opposite.
+# Every rung with each GELU, each head, and trunks of 2 layers (unrolled) and of 7 (scanned, as the
+# full size is): the full size's own choice, and four of the eight that show each pair together.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "8 layers, erf, tied": {"n_layers": 8},
-    "3 layers, tanh, untied": {"n_layers": 3, "gelu": "tanh", "tied_head": False},
+    f"{n_layers} layers, {gelu}, {'tied' if tied else 'untied'}": {
+        "n_layers": n_layers,
+        "gelu": gelu,
+        "tied_head": tied,
+    }
+    for n_layers, gelu, tied in (
+        (8, "erf", True),
+        (8, "erf", False),
+        (8, "tanh", True),
+        (3, "erf", True),
+        (3, "tanh", False),
+    )
 }
 OBJECTIVES = ("final_token", "all_tokens", "last_k")
 OPTIMIZERS: dict[str, OptimizerConfig] = {

@@ -119,22 +119,15 @@ _STAGES = {
 
 
 def operations_of(place: str, code: str = "") -> tuple[str, ...]:
-    """The operations of a line of code in `place`, "file.scope"; all where nothing is known."""
+    """The operations of a line of code in `place`, "file.scope"; none where nothing is known."""
     for known, operations in sorted(PLACES.items(), key=lambda item: -len(item[0])):
         if place == known or place.startswith(known if known[-1] == "." else f"{known}."):
-            return (
-                (*_in_line(operations, code), *_MADE)
-                if _makes(place)
-                else _in_line(operations, code)
-            )
+            makes = _MADE if place.endswith(("__init__", "setup")) else ()
+            return *_in_line(operations, code), *makes
     return ()
 
 
 _MADE = ("parameters", "initial weights")
-
-
-def _makes(place: str) -> bool:
-    return place.endswith(("__init__", "setup"))
 
 
 def _in_line(

@@ -40,10 +40,6 @@ class Row:
     stage: str = ""
 
     @property
-    def places(self) -> tuple[str, ...]:
-        return self.stack or (self.operation,)
-
-    @property
     def passed(self) -> bool:
         return self.error <= self.tolerance  # NaN fails
 
@@ -62,7 +58,7 @@ def default_config(dtype: str) -> TrainConfig:
     )
     # 6 / 2 rows: the micro-batches of a step.
     config = ladder.case(dtype, "last_k", 6, steps=4, accumulate=2, dropout=0.1, optimizer=clipped)
-    # float32's tolerances were measured on two layers.
+    # float32's tolerances were measured on two layers; on four, q's gradient is 2.2e-5 of rounding.
     return _with_model(config, n_layers=4 if dtype == "float64" else 2, vocab_size=23)
 
 
@@ -131,7 +127,8 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     yield rung("step", "7 trajectory, dropout", other)
     yield rung("bfloat16", "8 bfloat16", config)
     yield rung("four devices", "8 four devices", config)
-    yield rung("dropout by chance", "9 dropout, by chance", config)
+    if config.model.dropout:
+        yield rung("dropout by chance", "9 dropout, by chance", config)
     yield rung("initial weights", "9 initial weights, by chance", config)
 
 

@@ -13,16 +13,20 @@ import dataclasses
 import fnmatch
 import importlib
 import multiprocessing
+import os
 import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from jax_model5.errors import ArgumentParser, UserError, one_line_errors
+import jax
+import jax.numpy as jnp
+
+from jax_model5.errors import ArgumentParser, UserError, disk_errors, one_line_errors
 from jax_model5.record import circumstances, write_json
 from parity_tests.explained import EXPLAINED, NOT_RUN
 from parity_tests.mutants import Mutant, mutants
@@ -68,7 +72,6 @@ class Values:
         self.met = False
 
     def low_precision(self, value: Any) -> Any:
-        import jax.numpy as jnp
         import torch
 
         def low(x: Any) -> Any:
@@ -83,14 +86,13 @@ class Values:
         return self._each(low, value)
 
     def no_gradient(self, value: Any) -> Any:
-        import jax
         import torch
 
         def stop(x: Any) -> Any:
             if isinstance(x, torch.Tensor) and x.requires_grad:
                 self.met = True
                 return x.detach()
-            if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+            if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
                 self.met = True
                 return jax.lax.stop_gradient(x)
             return x
@@ -98,8 +100,6 @@ class Values:
         return self._each(stop, value)
 
     def _each(self, change: Any, value: Any) -> Any:
-        import jax
-
         try:
             return jax.tree.map(change, value)
         except (TypeError, ValueError):  # a dictionary whose keys have no order, and the like
@@ -108,10 +108,6 @@ class Values:
 
 def judge(mutant: Mutant) -> Verdict | None:
     """None: what it would change is no tensor."""
-    import jax
-
-    from parity_tests.places import is_near, operations_of
-
     start, values = time.perf_counter(), Values()
     builtins.low_precision, builtins.no_gradient = (  # type: ignore[attr-defined]
         values.low_precision,
@@ -125,14 +121,24 @@ def judge(mutant: Mutant) -> Verdict | None:
     if found is None:
         is_nothing = mutant.operator in ("rounded to float32", "gradient stopped")
         return None if is_nothing and not values.met else Verdict(mutant, False, seconds=seconds)
-    places, words = found
-    expected = operations_of(f"{Path(mutant.file).stem}.{mutant.scope}", mutant.code)
-    located = broken is not None or any(is_near(place, expected) for place in places)
-    return Verdict(mutant, True, located, words, seconds)
+    row, words = found
+    return Verdict(mutant, True, row is None or _is_located(row, mutant), words, seconds)
+
+
+def _is_located(row: Any, mutant: Mutant) -> bool:
+    """What differs first is of the changed line, or next to it; what stops does so in its function.
+
+    Of a function that stopped its callers are named too: one of them may have given it the wrong.
+    """
+    from parity_tests.places import is_near, operations_of
+
+    place = f"{Path(mutant.file).stem}.{mutant.scope}"
+    is_called = any(function.startswith(place) for function in row.stack)
+    return is_called or is_near(row.operation, operations_of(place, mutant.code))
 
 
 @contextlib.contextmanager
-def _planted(mutant: Mutant) -> Iterator[tuple[Sequence[str], str] | None]:
+def _planted(mutant: Mutant) -> Iterator[tuple[None, str] | None]:
     """Yields what stops it from being loaded, if anything does."""
     name = mutant.file.removesuffix(".py").replace("/", ".")
     after = _AFTER_JAX[_AFTER_JAX.index(name) + 1 :] if name in _AFTER_JAX else []
@@ -142,7 +148,7 @@ def _planted(mutant: Mutant) -> Iterator[tuple[Sequence[str], str] | None]:
         for other in after:
             importlib.reload(sys.modules[other])
     except Exception as error:
-        broken = (), f"does not load: {error}"
+        broken = None, f"does not load: {error}"
     try:
         yield broken
     finally:
@@ -150,14 +156,15 @@ def _planted(mutant: Mutant) -> Iterator[tuple[Sequence[str], str] | None]:
             importlib.reload(sys.modules[other])
 
 
-def _first_difference(mutant: Mutant) -> tuple[Sequence[str], str] | None:
+def _first_difference(mutant: Mutant) -> tuple[Any, str] | None:
+    """The row of the report, and its words."""
     from parity_tests import report
 
     config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope}"
     first = next((stages for part, stages in _FIRST.items() if re.search(part, place)), ())
     for row in report.rows(config, first):
         if not row.passed:
-            return row.places, f"{row.operation}, {row.what}: error {row.error:.1e}; {row.cause}"
+            return row, f"{row.operation}, {row.what}: error {row.error:.1e}; {row.cause}"
     return None
 
 
@@ -254,10 +261,6 @@ class Worker:
 
 
 def _work(pipe: Connection) -> None:
-    import os
-
-    import jax
-
     jax.config.update("jax_num_cpu_devices", 4)
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_opt_preset=FAST_COMPILE"
     import torch
@@ -280,20 +283,24 @@ def main() -> int:
     with one_line_errors():
         options = _options(sys.argv[1:])
         chosen, done = _chosen(options), []
+        _write(options.json, summary([]))  # not after hours
         for verdict in verdicts(chosen, options.workers):
             done.append(verdict)
             _say(verdict, len(done), len(chosen))
             found = summary(done) | {"chosen": len(chosen)}
-            if options.json:  # each time: a run of hours may be killed
-                write_json(
-                    Path(options.json), circumstances("-m parity_tests.score", "cpu") | found
-                )
+            _write(options.json, found)  # each time: a run of hours may be killed
         unexplained = [survivor for survivor in found["survivors"] if not survivor["why"]]
         print(
             f"{found['all']} run: {found['caught']} caught, {found['located']} of them located; "
             f"{len(found['survivors'])} survive, {len(unexplained)} of them unexplained"
         )
         return 1 if len(unexplained) > options.allowed else 0
+
+
+def _write(path: str | None, found: dict[str, Any]) -> None:
+    if path:
+        with disk_errors("json", path, "name a file that can be written"):
+            write_json(Path(path), circumstances("-m parity_tests.score", "cpu") | found)
 
 
 def _chosen(options: argparse.Namespace) -> list[Mutant]:

@@ -202,7 +202,6 @@ def _hooks(root: torch.nn.Module, name: str, path: str, end: Any, tensors: dict)
 
 
 def _hook(module: torch.nn.Module, name: str, end: Any, tensors: dict) -> Any:
-
     def keep(tensor: torch.Tensor) -> None:
         if tensor.requires_grad:
             tensor.retain_grad()

@@ -133,6 +133,13 @@ def test_a_model_that_stops_is_a_verdict_that_names_the_place(monkeypatch, targe
     assert row.cause.endswith("ZeroDivisionError: planted")
 
 
+def test_drift_of_a_model_that_stops_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(torch_ref.model.Block, "forward", stopped)
+    code, out, err = command_line(monkeypatch, capsys, "--drift", "2")
+    assert (code, err) == (1, "")
+    assert "stops there" in out.splitlines()[-1]
+
+
 def test_a_module_under_another_name_is_a_verdict(monkeypatch):
     class Renamed(torch_ref.model.Model5):
         def __init__(self, config):

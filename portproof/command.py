@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NoReturn
 
 from portproof.ladder import prove
+from portproof.page import page
 from portproof.port import BadInput, Port
 
 
@@ -23,11 +25,13 @@ def main(
     """Proves the port and ends the program: 0 equal, 1 different, 2 bad input."""
     try:
         options = _options(faults)
+        if options.html:  # not after minutes
+            Path(options.html).touch()
         with faults[options.fault]() if options.fault else nullcontext():
             report = prove(make(), options.steps, float32=not options.dtype)
         print(report)
         if options.html:
-            report.html(options.html)
+            Path(options.html).write_text(page(report), encoding="utf-8")
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

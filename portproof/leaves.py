@@ -14,8 +14,7 @@ SIDES = ("PyTorch's", "JAX's")
 
 def flat(tree: Any) -> dict[str, Any]:
     """{"trunk/fc/kernel": leaf, ...} of any tree; NNX's `value` is no part of a name."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {_path(keys): leaf for keys, leaf in leaves}
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflat(leaves: Mapping[str, Any], like: Any) -> Any:
@@ -81,9 +80,15 @@ def table(rows: Sequence[tuple], torch_shapes: Shapes, jax_shapes: Shapes) -> Ta
         raise BadInput(f"leaves without a counterpart: {'; '.join(lost)}; mend the table")
     zeros = [{path: np.zeros(shape) for path, shape in side.items()} for side in shapes]
     wrong = [_shown(row, shapes) for row in spelled if not _fits(row, zeros)]
+    built = Table(spelled, shapes)
+    if not wrong:  # what no row fills is left NaN
+        ours = built.to_jax(zeros[0]).items()
+        wrong = [
+            f"JAX's {path} has layers that PyTorch lacks" for path, x in ours if np.isnan(x).any()
+        ]
     if wrong:
         raise BadInput(f"shapes that do not fit: {'; '.join(wrong)}; mend the table or a model")
-    return Table(spelled, shapes)
+    return built
 
 
 def _part(path: str, i: int | str) -> Part:

@@ -51,18 +51,16 @@ def _cell(row: Row | None, first: Row | None) -> str:
     color = f"hsl(130,45%,{80 - 25 * depth:.0f}%)" if row.passed else "#d22"
     kind = "first" if row is first else "" if row.passed else "follows"
     text = "✗ first" if row is first else ""
-    title = html.escape(str(row))
-    return f'<td class="{kind}" style="background:{color}" title="{title}">{text}'
+    return f'<td class="{kind}" style="background:{color}" title="{html.escape(str(row))}">{text}'
 
 
 def _mark(row: Row) -> str:
     """A dot at the error, and a line at the tolerance; what is not finite is at the right end."""
     color = "#06c" if row.dtype == "float64" else "#c60"
     fill = "none" if row.rung.endswith("backward") else color
-    error, tolerance = _x(row.error), _x(row.tolerance)
     return (
-        f'<path d="M{tolerance:.0f} 0v16" stroke="{color}" opacity=".3"/>'
-        f'<circle cx="{error:.0f}" cy="8" r="4" stroke="{color}" fill="{fill}"/>'
+        f'<path d="M{_x(row.tolerance):.0f} 0v16" stroke="{color}" opacity=".3"/>'
+        f'<circle cx="{_x(row.error):.0f}" cy="8" r="4" stroke="{color}" fill="{fill}"/>'
     )
 
 

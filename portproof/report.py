@@ -1,7 +1,7 @@
 """The verdict: every comparison, in order, and the first that differs."""
 
 import dataclasses
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,11 +9,11 @@ FLOAT64_TOLERANCE = 1e-12
 FACTOR, FLOOR = 8.0, 2.0**-22  # of float32's law, `own_rounding`
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
+def relative(found: Any, expected: Any) -> float:
     """||found - expected|| / ||expected|| in float64; inf where the shapes differ."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape:
         return np.inf
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     norm = np.linalg.norm(expected)
     return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
 
@@ -123,9 +123,3 @@ class Report:
         for row in self.rows:
             groups.setdefault((row.rung, row.dtype), []).append(row)
         return groups
-
-    def html(self, path: str | Path) -> None:
-        """Writes everything as one page."""
-        from portproof.page import page
-
-        Path(path).write_text(page(self), encoding="utf-8")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import portproof
 from portproof import leaves, report, taps, torch_side
+from portproof.page import page
 from portproof.port import Pass
 from tests.tiny import ROOT
 
@@ -246,6 +247,10 @@ BAD = {
         {"params": PORT.params | {"bias": shape(2, D)}},
         "blocks.2.fc.bias [6] and JAX's bias [2, 6]",
     ),
+    "a longer stack": (
+        {"params": PORT.params | {"bias": shape(DEPTH + 1, D)}},
+        "JAX's bias has layers that PyTorch lacks",
+    ),
     "a tap of PyTorch": (
         {"taps": [*TAPS, ("x", "blocks.0.fd", "block")]},
         "PyTorch's taps that never fire: blocks.0.fd (nearest: blocks.0.fc",
@@ -294,6 +299,7 @@ def test_bad_input_is_one_line(case, monkeypatch, capsys):
         (["--steps", "0"], "argument --steps: 0 is no update"),
         (["--dtype", "y"], "argument --dtype: invalid choice: 'y' (choose from "),
         (["--fault", "z"], "argument --fault: invalid choice: 'z'"),
+        (["--html", "/none/page.html"], "[Errno 2] No such file or directory: '/none/page.html'"),
         (["--step", "1"], "unrecognized arguments: --step 1"),
     ],
 )
@@ -446,11 +452,10 @@ EXAMPLES = ["model1", *(pytest.param(name, marks=slow) for name in ("llama", "gp
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_is_equal(name, example, tmp_path):
+def test_an_example_is_equal(name, example):
     proved = portproof.prove(example(name).port())
     assert proved.passed, proved
-    proved.html(tmp_path / "page.html")
-    assert "equal at every place" in (tmp_path / "page.html").read_text()
+    assert "equal at every place" in page(proved)
 
 
 @slow
@@ -479,12 +484,11 @@ FOUND = {
 @pytest.mark.parametrize(
     "planted", [pytest.param(p, marks=() if p[0] == "model1" else slow) for p in FOUND], ids=str
 )
-def test_an_examples_fault_is_named(planted, example, tmp_path):
+def test_an_examples_fault_is_named(planted, example):
     name, fault = planted
     module = example(name)
     assert {f for n, f in FOUND if n == name} == module.FAULTS.keys()
     with module.FAULTS[fault]():
         proved = portproof.prove(module.port(), float32=False)
     assert proved.first.culprit == FOUND[planted], proved
-    proved.html(tmp_path / "page.html")
-    assert f"first difference: {FOUND[planted]}" in (tmp_path / "page.html").read_text()
+    assert f"first difference: {FOUND[planted]}" in page(proved)

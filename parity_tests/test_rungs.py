@@ -1,0 +1,123 @@
+"""Faults that one rung is there for: each is planted, and fails that rung at its place."""
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torch_ref.model
+import torch_ref.step
+from jax_model5 import kernels, layer_norm, losses, model, step
+from parity_tests import ladder, report
+from tests.tiny import ROOT
+
+_attention, _dropout, _in_chunks = F.scaled_dot_product_attention, F.dropout, losses._in_chunks
+_keep_mask, _nn_normal = model.keep_mask, torch.nn.init.normal_
+_masked, _make_scheduler = model.masked_attention, torch_ref.step.make_scheduler
+DROPOUT, INITS = "9 dropout, by chance", "9 initial weights, by chance"
+STEP, MODES, LOW = "7 trajectory, dropout", "8 train/eval", "8 bfloat16"
+
+
+def never_drops(*args, dropout_p, **fields):
+    return _attention(*args, **fields)
+
+
+def drops_more(x, rate, training):
+    return _dropout(x, rate + 0.01, training) * (1 - rate - 0.01) / (1 - rate)
+
+
+def sees_all(q, k, v, is_past, drop):
+    return _masked(q, k, v, jnp.ones_like(is_past), drop)
+
+
+def uniform(config):
+    """Of the same mean and deviation as the course's normal."""
+    bound = 0.02 * 3**0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def without_steps(*args):
+    scheduler = _make_scheduler(*args)
+    scheduler.step = lambda: None
+    return scheduler
+
+
+def last_first(*args):
+    return _in_chunks(*args)[:, ::-1]
+
+
+# rung, what it names, target, name, value
+FAULTS = [
+    (DROPOUT, "PyTorch, blocks.0.attn.attend: share",
+     F, "scaled_dot_product_attention", never_drops),
+    (DROPOUT, "PyTorch, drop: share", F, "dropout", drops_more),
+    (DROPOUT, "JAX, block 0, drop: share", model, "keep_mask",
+     lambda key, rate, shape: _keep_mask(key, rate + 0.03, shape)),
+    (DROPOUT, "a mask of its own", model.Dropout, "key", lambda self: jax.random.key(7)),
+    (INITS, "JAX, init course: last_block/attn/qkv/kernel: kurtosis", model, "kernel_init",
+     uniform),
+    (INITS, "PyTorch, init course: last_block/attn/qkv/kernel: standard", torch.nn.init, "normal_",
+     lambda weight, mean=0.0, std=1.0: _nn_normal(weight, mean, 1.1 * std)),
+    ("4 losses by position", "losses of the last 5", losses, "_in_chunks", last_first),
+    ("3 logits", "KV cache", model, "masked_attention", sees_all),
+    (LOW, "softmax in bfloat16", kernels, "at_least_float32", lambda dtype: dtype),
+    (LOW, "layer norm in bfloat16", layer_norm, "at_least_float32", lambda dtype: dtype),
+    (LOW, "loss in bfloat16", losses, "at_least_float32", lambda dtype: dtype),
+    (LOW, "PyTorch under bfloat16", torch_ref.step, "autocast",
+     lambda *_: contextlib.nullcontext()),
+    (MODES, "the dropout key", step, "dropout_key",
+     lambda key, step, micro_batch: jax.random.fold_in(key, step)),
+    (STEP, "learning_rate of step", torch_ref.step, "make_scheduler", without_steps),
+    (STEP, "wte", torch.nn.utils, "clip_grad_norm_",
+     lambda weights, most: torch.nn.utils.get_total_norm(p.grad for p in weights)),
+]  # fmt: skip
+
+
+def failures(rung, config):
+    return [str(m) for m in ladder.measure(rung, "", config) if not m.passed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rung", "what", "target", "name", "value"), FAULTS, ids=[f"{f[1]}, {f[3]}" for f in FAULTS]
+)
+def test_a_fault_fails_the_rung_that_is_there_for_it(rung, what, target, name, value):
+    config = report.default_config("float64")
+    with mock.patch.object(target, name, value):
+        # No other measurement's config, so that JAX traces it anew.
+        found = failures(rung, dataclasses.replace(config, workdir=f"{what} {name}"))
+    assert any(what in failure for failure in found), found
+
+
+def test_rows_in_another_order_are_invisible_to_a_mean():
+    config = dataclasses.replace(ladder.case("float64", "last_k"), workdir="order")
+    with mock.patch.object(losses, "_in_chunks", last_first):
+        assert failures("4 loss", config) == []
+        assert failures("4 losses by position", config) != []
+
+
+ON_DEVICES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from jax_model5 import sharding
+from parity_tests import ladder, report
+sharding.mean_gradients = lambda gradients, specs: gradients
+rows = ladder.measure("8 four devices", "", report.default_config("float64"))
+assert len(rows) > 30
+print([row.where for row in rows if not row.passed])
+"""
+
+
+@pytest.mark.slow
+def test_gradients_that_do_not_meet_are_seen_on_four_devices():
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "grad_norm of step 1" in done.stdout, done.stderr[-2000:]
