@@ -3,6 +3,8 @@
 # (file:scope, a part of "operator: what is gone -> what came, newline, the line", why); * is
 # anything. What NOT_RUN has is left out; an explanation excuses a survivor only: whatever is caught
 # counts as caught.
+_STOPPED = "gradient stopped: "
+_UNDIFFERENTIATED = "nothing is differentiated through it"
 NOT_RUN = [
     ("*layer_norm.py:gradients_of_a_gpu*", "", "a GPU's kernel: tests/test_kernels.py runs it"),
     ("*layer_norm.py:_kernel*", "", "a GPU's kernel: tests/test_kernels.py runs it"),
@@ -12,14 +14,10 @@ NOT_RUN = [
     ("*model.py:Attention._flash*", "", "only on a GPU: tests/test_flash.py"),
     ("*model.py:Attention._is_flash*", "", "only on a GPU: tests/test_flash.py"),
     ("*model.py:Attention.__call__*", "_flash", "only on a GPU: tests/test_flash.py"),
+    ("jax_model5/kernels.py:_padded", "", "only on a GPU"),
+    ("jax_model5/losses.py:", "_ROWS_OF_A_GPU = ", "only on a GPU"),
+    ("jax_model5/model.py:Block.__call__", "call left out: sharding . row_major", "only on a GPU"),
     ("*", "raise UserError", "an error's words: tests/test_errors.py"),
-]
-_STOPPED = "gradient stopped: "
-_UNDIFFERENTIATED = "nothing is differentiated through it"
-_MEMORY = "what the forward pass keeps: memory and time, not numbers"
-_HINT = "a GPU's branch, or a hint on memory layout: no number on a CPU"
-EXPLAINED = [
-    ("*", "call left out: checkpoint_name", "a name for remat: the value is the same"),
     ("*optimizer.py:*", _STOPPED, _UNDIFFERENTIATED),
     ("jax_model5/step.py:train_step*", _STOPPED, _UNDIFFERENTIATED),
     ("jax_model5/step.py:init_state*", _STOPPED, _UNDIFFERENTIATED),
@@ -30,15 +28,14 @@ EXPLAINED = [
     ("torch_ref/step.py:param_norm*", _STOPPED, _UNDIFFERENTIATED),
     ("torch_ref/model.py:*init*", _STOPPED, _UNDIFFERENTIATED),
     ("jax_model5/model.py:*_init*", _STOPPED, _UNDIFFERENTIATED),
+]
+_MEMORY = "what the forward pass keeps: memory and time, not numbers"
+EXPLAINED = [
+    ("*", "call left out: checkpoint_name", "a name for remat: the value is the same"),
     ("*:_over_micro_batches", "low_precision ( )*zeros_like", "zeros are exact"),
     ("*:_over_micro_batches", "low_precision ( )*zeros = ", "zeros are exact"),
     ("*:_over_micro_batches", "swapped: , at_least_float32", "JAX's own default is that dtype"),
     ("*:loss_and_gradients*", "swapped: *frozen*merge(moving", "parts without a common leaf"),
-    (
-        "torch_ref/model.py:*__init__",
-        "statements exchanged",
-        "modules made in another order draw other numbers of the same law",
-    ),
     (
         "jax_model5/step.py:init_state",
         "call left out: jax . random . fold_in",
@@ -55,7 +52,6 @@ EXPLAINED = [
         "the form by hand below it computes the same",
     ),
     ("torch_ref/*", "argument dropped or swapped: , device", "a CPU is one device"),
-    ("torch_ref/loss.py:loss", "statements exchanged", "two lines that do not need each other"),
     (
         "jax_model5/model.py:Attention._cached",
         "constant: 0 -> 1*starts_Bx3 = ",
@@ -72,9 +68,6 @@ EXPLAINED = [
     ("jax_model5/model.py:Model5.features", "            is_shallow = ", _MEMORY),
     ("jax_model5/model.py:Model5.features", "            is_unrolled = ", _MEMORY),
     ("jax_model5/model.py:", "UNROLLED = ", _MEMORY),
-    ("jax_model5/model.py:Block.__call__", "call left out: sharding . row_major", _HINT),
-    ("jax_model5/kernels.py:_padded", "", _HINT),
-    ("jax_model5/losses.py:", "_ROWS_OF_A_GPU = ", _HINT),
     ("jax_model5/losses.py:", "\nROWS = ", "how many rows at once: memory, not numbers"),
     ("jax_model5/losses.py:_in_chunks", "    C = max(", "how many rows at once: memory"),
 ]

@@ -226,8 +226,24 @@ def _deleted(node: ast.AST) -> Edits:
 
 def _exchanged(node: ast.AST) -> Edits:
     for one, other in itertools.pairwise(_body(node)):
-        if isinstance(one, _SIMPLE) and isinstance(other, _SIMPLE):
+        if isinstance(one, _SIMPLE) and isinstance(other, _SIMPLE) and _in_order(one, other):
             yield [(one, ast.unparse(other)), (other, ast.unparse(one))]
+
+
+def _in_order(one: ast.stmt, other: ast.stmt) -> bool:
+    """Two assignments need an order where one sets a name that the other has."""
+    if not isinstance(one, ast.Assign) or not isinstance(other, ast.Assign):
+        return True
+    return bool(_set_by(one) & _names(other) or _set_by(other) & _names(one))
+
+
+def _set_by(statement: ast.Assign) -> set[str]:
+    return set().union(*(_names(target) for target in statement.targets)) - {"self"}
+
+
+def _names(node: ast.AST) -> set[str]:
+    """`a` and `a.b`."""
+    return {ast.unparse(n) for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)}
 
 
 def _branches(node: ast.AST) -> Edits:

@@ -82,6 +82,7 @@ def command_line(monkeypatch, capsys, *args):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_fault_reads_as_one_line_and_a_page(monkeypatch, capsys, tmp_path):
     page = tmp_path / "report.html"
     args = ["--inject", "tanh for erf", "--drift", "3", "--html", str(page)]

@@ -128,3 +128,11 @@ def test_a_long_function_is_seen():
     source = "def f():\n" + "    x = 1\n" * 3
     assert too_long(source, 3) == ["f"]
     assert too_long(source, 4) == []
+
+
+def test_portproof_and_its_examples_stay_small():
+    def lines(path):
+        return len(path.read_text().splitlines())
+
+    assert sum(lines(path) for path in (ROOT / "portproof").glob("*.py")) <= 1200
+    assert max(lines(path) for path in (ROOT / "examples").glob("*.py")) <= 80
