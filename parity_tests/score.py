@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from jax_model5.errors import ArgumentParser, UserError, disk_errors, one_line_errors
 from jax_model5.record import circumstances, write_json
+from parity_tests import COMPILE_FAST
 from parity_tests.explained import EXPLAINED, NOT_RUN
 from parity_tests.mutants import Mutant, mutants
 
@@ -262,7 +263,7 @@ class Worker:
 
 def _work(pipe: Connection) -> None:
     jax.config.update("jax_num_cpu_devices", 4)
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_opt_preset=FAST_COMPILE"
+    os.environ["XLA_FLAGS"] = COMPILE_FAST
     import torch
 
     from parity_tests import report

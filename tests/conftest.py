@@ -8,17 +8,12 @@ import jax
 import pytest
 
 from jax_model5 import train
+from parity_tests import COMPILE_FAST
 from tests.tiny import TEXT, tiny
 
-# A third of the compile time, for the processes that the tests start as well. The parity ladder
-# alone (pytest parity_tests) compiles as training does.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_opt_preset=FAST_COMPILE",
-    ]
-)
+# For the processes that the tests start as well. The parity ladder alone (pytest parity_tests)
+# compiles as training does.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST}"
 
 
 def pytest_configure(config):
