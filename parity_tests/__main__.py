@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import difflib
+import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ if __name__ == "__main__":  # before what imports it
     with one_line_errors():
         require_torch("command", "python -m parity_tests")
 
-from parity_tests import drift, faults, ladder, page, report
+from parity_tests import COMPILE_FAST, drift, faults, ladder, page, report
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
@@ -60,14 +62,11 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
         print(text, flush=True)
         texts.append(text)
 
-    rows = [row for config in configs for row in report.rows(config)]
+    rows = list(shown(itertools.chain.from_iterable(map(report.rows, configs))))
     found = report.as_report(rows)
     print(found.table(), *found.following(), sep="\n", flush=True)
     verdicts = [found.verdict] if found.first else []
-    cannot_run = any(
-        row.stage == "parameters" or row.what == "stops" for row in rows if not row.passed
-    )
-    if options.drift and not cannot_run:
+    if options.drift and not any(map(report.is_end, rows)):
         drifts = [drift.measure(configs[0], options.drift, dropout) for dropout in (0.0, 0.1)]
         figures.append(drift.plot(drifts))
         for each in drifts:
@@ -81,6 +80,16 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
         write_page(options.html, found, texts, figures)
         print(f"written: {options.html}")
     return 1 if verdicts else 0
+
+
+def shown(rows: Iterator[report.Row]) -> Iterator[report.Row]:
+    """On a terminal the stage that is being measured."""
+    for row in rows:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{row.dtype}: {row.stage}", end="", file=sys.stderr, flush=True)
+        yield row
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def score(say: Callable[[str], None]) -> Iterator[str]:
@@ -109,6 +118,8 @@ def write_page(
 
 def use_device(name: str) -> None:
     """JAX on this device, its compiled programs kept for the next time as training's are."""
+    if name == "cpu":
+        os.environ["XLA_FLAGS"] = f"{COMPILE_FAST} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
     keep_programs(DataConfig().cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a thousand small ones

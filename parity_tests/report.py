@@ -89,16 +89,25 @@ def rows(config: TrainConfig, first: Sequence[str] = ()) -> Iterator[Row]:
     every = list(stages(config))
     every.sort(key=lambda named: first.index(named[0]) if named[0] in first else len(first))
     for name, stage in every:
-        passed = True
-        try:
-            for row in stage:
-                passed &= row.passed
-                yield dataclasses.replace(row, stage=name)
-        except Exception as error:
-            yield dataclasses.replace(_stop(error, config), stage=name)
+        is_last = False
+        for row in _named(name, stage, config):
+            is_last |= is_end(row)
+            yield row
+        if is_last:
             return
-        if name == "parameters" and not passed:
-            return  # the weights of one side do not fit the other: nothing else can be compared
+
+
+def _named(name: str, stage: Iterator[Row], config: TrainConfig) -> Iterator[Row]:
+    try:
+        for row in stage:
+            yield dataclasses.replace(row, stage=name)
+    except Exception as error:
+        yield dataclasses.replace(_stop(error, config), stage=name)
+
+
+def is_end(row: Row) -> bool:
+    """One side stops, or its weights do not fit the other: nothing else can be compared."""
+    return not row.passed and (row.what == "stops" or row.stage == "parameters")
 
 
 def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
