@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.extend
 import numpy as np
 import torch
 
 import torch_ref.model
-from jax_model5 import step
+from jax_model5 import kernels, step
 from jax_model5.config import ModelConfig, TrainConfig
 from parity_tests import bridge
 
@@ -79,6 +80,7 @@ def _site(name: str) -> str:
 
 def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
     """The masks of a large batch: how many they drop; no two of them are the same."""
+    yield _exact("JAX, block 0, drop: bits of Threefry, of JAX's own", _is_threefry(config.dropout))
     seen = []
     for layer in range(config.n_layers):
         for site, mask in bridge.masks_of_block(masks, layer, config.n_layers).items():
@@ -92,6 +94,16 @@ def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
     for i, (name, keep) in enumerate(seen):
         twins = [other for other, mask in seen[:i] if _begin_alike(mask, keep)]
         yield _exact(f"JAX, {name}: a mask of its own, not that of {twins}", not twins)
+
+
+def _is_threefry(rate: float) -> bool:
+    """A mask is that of JAX's own Threefry on the counters (row, index in the row)."""
+    B, N = 3, 20
+    key = jax.random.key(7)
+    counters = np.concatenate([np.repeat(np.arange(B), N), np.tile(np.arange(N), B)])
+    words = jax.extend.random.threefry_2x32(jax.random.key_data(key), counters.astype(np.uint32))
+    keep = np.asarray(words)[: B * N] >= rate * 2**32
+    return np.array_equal(keep.reshape(B, 4, 5), kernels.keep_mask(key, rate, (B, 4, 5)))
 
 
 def _begin_alike(a: np.ndarray, b: np.ndarray) -> bool:

@@ -544,6 +544,9 @@ def on_devices(config: TrainConfig) -> Comparisons:
             split, found = four.train_step(split, four.key, four.to_devices(pair.windows))
             for name in expected:
                 yield f"{name} of step {index + 1}", found[name], expected[name]
+        tested = four.test(split.params, [four.to_devices(pair.windows)])
+        for name, expected in _eval_step(alone.params, pair.windows, config=config).items():
+            yield f"tested: {name}", tested[name], expected
     start, ours, theirs = map(without_keys_bias, (pair.params, split.params, alone.params))
     for name in start:
         yield name, ours[name] - start[name], theirs[name] - start[name]

@@ -186,7 +186,8 @@ def _arguments(node: ast.AST) -> Edits:
     if len(node.args) > 1:
         yield _instead(node, args=node.args[:-1])
         first, second, *rest = node.args
-        yield _instead(node, args=[second, first, *rest])
+        if ast.unparse(first) != ast.unparse(second):
+            yield _instead(node, args=[second, first, *rest])
 
 
 def _calls(node: ast.AST) -> Edits:

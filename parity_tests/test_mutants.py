@@ -50,6 +50,12 @@ def test_assignments_that_do_not_need_each_other_are_not_exchanged():
     assert found.source.splitlines()[1:3] == ["    self.c = b", "    self.a, b = g()"]
 
 
+def test_equal_arguments_are_not_swapped():
+    found = [m.source for m in mutants.mutants("f", "f(a.b, a.b)\n")]
+    assert "f(a.b)" in str(found)
+    assert not any(source.count("a.b") == 2 for source in found)
+
+
 def test_every_mutant_is_python_and_has_a_place():
     for mutant in every_mutant():
         compile(mutant.source, mutant.file, "exec")

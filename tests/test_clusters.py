@@ -217,6 +217,7 @@ def test_mpirun_loses_a_process_and_starts_all_again(tmp_path, text_file, never_
 # ---- by hand, and what no machine here can start ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_by_hand_each_host_is_one_process_of_the_run(tmp_path, text_file):
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\necho $1 >> $HOSTS_SEEN; exec sh -c "$2"\n')

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jax_model5 import kernels, sharding
+from tests.tiny import slow
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def halves(q, k, v):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("n_queries", [1, 2, 5, 11])
+@pytest.mark.parametrize("n_queries", [1, 2, slow(5), 11])
 def test_attention_in_halves_is_attention(n_queries, monkeypatch):
     q, k, v = normal(0, 2, 3, n_queries, 4), normal(1, 2, 3, 11, 4), normal(2, 2, 3, 11, 4)
     assert worst_error(halves, whole, q, k, v) < 1e-14

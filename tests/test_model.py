@@ -12,7 +12,7 @@ import pytest
 
 from jax_model5 import losses, model, step, trees
 from jax_model5.config import ModelConfig, TrainConfig
-from tests.tiny import MODEL
+from tests.tiny import MODEL, slow
 
 CONFIG = TrainConfig(model=MODEL, batch_size=3)
 L, V, D = MODEL.seq_len, MODEL.vocab_size, MODEL.d_model
@@ -57,8 +57,9 @@ def test_no_position_sees_the_future():
     assert (np.asarray(influence_LxL)[~future] > 0).all()
 
 
-@pytest.mark.parametrize("n_last", [1, 3, L])
-@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize(
+    ("n_last", "n_layers"), [(1, 3), (3, 1), (L, 3), slow(1, 1), slow(3, 3), slow(L, 1)]
+)
 def test_the_suffix_path_is_the_full_path_sliced(n_last, n_layers):
     """Logits, loss and every gradient, in float64."""
     with jax.enable_x64(True):
@@ -188,10 +189,10 @@ def test_the_courses_init():
 @pytest.mark.parametrize(
     ("init", "kernel", "wte", "wpe"),
     [
-        ("xavier", math.sqrt(2 / (768 + 3072)), math.sqrt(2 / (50257 + 768)), 0.0442),
-        ("kaiming", math.sqrt(2 / 768), math.sqrt(2 / 768), math.sqrt(2 / 768)),
+        slow("xavier", math.sqrt(2 / (768 + 3072)), math.sqrt(2 / (50257 + 768)), 0.0442),
+        slow("kaiming", math.sqrt(2 / 768), math.sqrt(2 / 768), math.sqrt(2 / 768)),
         ("torch", 1 / math.sqrt(3 * 768), 1.0, 1.0),
-        ("normal:0.07", 0.07, 0.07, 0.07),
+        slow("normal:0.07", 0.07, 0.07, 0.07),
     ],
 )
 def test_inits_by_name(init, kernel, wte, wpe):

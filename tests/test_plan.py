@@ -336,6 +336,7 @@ print(sum(found.values()) * {n})
     assert float(done.stdout) == pytest.approx(planned, rel=0.02), done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_holds_where_it_is_measured(tmp_path):
     wide = "--measure", "--model.d_model=384", "--batch_size=8", f"--out={tmp_path}"
     code, out, err = run(*wide, module="jax_model5.plan")

@@ -18,7 +18,7 @@ from jax_model5.corpus import load_corpus
 from jax_model5.errors import UserError
 from jax_model5.programs import Programs, steps
 from jax_model5.run_folder import RunFolder
-from tests.tiny import MODEL, ROOT, tiny, with_model, with_optimizer
+from tests.tiny import MODEL, ROOT, slow, tiny, with_model, with_optimizer
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def kl_to_uniform(logits_BxCxV, targets_BxC):
     return -jax.nn.log_softmax(logits_BxCxV).mean(-1) - jnp.log(V) + 0.0 * targets_BxC
 
 
-@pytest.mark.parametrize("objective", ["final_token", "last_k", "all_tokens"])
+@pytest.mark.parametrize("objective", [slow("final_token"), "last_k", slow("all_tokens")])
 def test_another_loss_is_trained(config, objective):
     config = dataclasses.replace(config, objective=objective, last_k=3)
     config = with_optimizer(config, learning_rate=1e-2)

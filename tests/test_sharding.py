@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jax_model5 import kernels, sharding
-from tests.tiny import ROOT, eight_devices
+from tests.tiny import ROOT, eight_devices, slow
 
 # H != K, D != K^2, no size is another's; 16 rows of 32 positions on 8 devices.
 MODEL = """
@@ -86,8 +86,8 @@ def require_little_travels(fault: str, mesh: str, *flags: str) -> None:
     assert 0.9 * once < moved["reduce-scatter"] < once, "a gradient crosses twice"
 
 
-@pytest.mark.parametrize("objective", ["final_token", "all_tokens"])
-@pytest.mark.parametrize("mesh", [pytest.param("both", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("objective", [slow("final_token"), "all_tokens"])
+@pytest.mark.parametrize("mesh", [slow("both"), "fsdp"])
 def test_only_weights_and_gradients_travel_and_each_once(mesh, objective):
     require_little_travels("", mesh, f"--objective={objective}")
 

@@ -16,7 +16,7 @@ import pytest
 from jax_model5 import model, step
 from jax_model5.config import TrainConfig
 from jax_model5.losses import n_last, position_losses
-from tests.tiny import MODEL, ROOT, eight_devices, flags, run, start, tiny
+from tests.tiny import MODEL, ROOT, eight_devices, flags, run, slow, start, tiny
 
 PLAIN = TrainConfig(
     model=dataclasses.replace(MODEL, dropout=0.0), batch_size=8, objective="all_tokens"
@@ -37,7 +37,7 @@ def loss_and_gradients(config: TrainConfig):
     return run_step(state, jax.random.key(0), windows())
 
 
-@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("accumulate", [2, slow(8)])
 def test_accumulated_micro_batches_are_the_large_batch(accumulate):
     loss, gradients = loss_and_gradients(PLAIN)
     ours = loss_and_gradients(dataclasses.replace(PLAIN, accumulate=accumulate))
@@ -57,7 +57,7 @@ def test_micro_batches_drop_different_units():
     assert abs(float(loss) - float(alone)) > 1e-4
 
 
-@pytest.mark.parametrize("objective", ["final_token", "all_tokens"])
+@pytest.mark.parametrize("objective", ["final_token", slow("all_tokens")])
 def test_remat_changes_no_gradient_dropout_on(objective):
     """What is computed again in the backward pass must draw the masks of the forward pass."""
     none, dots, full = (
@@ -74,7 +74,7 @@ def test_remat_changes_no_gradient_dropout_on(objective):
             assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
 
 
-@pytest.mark.parametrize("n_layers", [4, 8])
+@pytest.mark.parametrize("n_layers", [slow(4), 8])
 def test_remat_full_takes_less_memory(n_layers):
     """The compiled program's own figure, at a size where activations outweigh parameters."""
 
@@ -114,7 +114,7 @@ def test_a_step_moves_every_parameter_and_counts():
 
 
 @pytest.mark.parametrize(
-    ("objective", "n"), [("final_token", 1), ("last_k", 3), ("all_tokens", MODEL.seq_len)]
+    ("objective", "n"), [slow("final_token", 1), ("last_k", 3), slow("all_tokens", MODEL.seq_len)]
 )
 def test_only_the_objectives_targets_matter(objective, n):
     """The loss has one value for each of the last N targets, and sees no other."""
@@ -229,6 +229,7 @@ def test_four_processes_see_the_batch_of_one(tmp_path, text_file):
     assert [row for start in sorted(together) for row in together[start]] == whole["0"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_resume_and_write_once(tmp_path, text_file):
     """The whole loop over gloo: the losses of one process, one log, and a resumed end."""
     config = tiny(tmp_path, text_file, steps=8)

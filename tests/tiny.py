@@ -8,9 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from jax_model5.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, flatten
 
 ROOT = Path(__file__).parents[1]
+
+
+def slow(*values):
+    """A case of a parametrized test that runs with the slow ones."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 TEXT = "".join(
     f"{n} times {n} is {n * n}, and that was line {n} of the text.\n" for n in range(400)
 )
