@@ -83,10 +83,12 @@ def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
 
 
 def shown(rows: Iterator[report.Row]) -> Iterator[report.Row]:
-    """On a terminal the stage that is being measured."""
+    """On a terminal the last stage that has been measured."""
     for row in rows:
         if sys.stderr.isatty():
-            print(f"\r\033[K{row.dtype}: {row.stage}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[Kmeasured, {row.dtype}: {row.stage}", end="", file=sys.stderr, flush=True
+            )
         yield row
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)

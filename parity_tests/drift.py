@@ -69,7 +69,7 @@ def band(distances: dict[str, np.ndarray]) -> np.ndarray:
 def measure(config: TrainConfig, n_steps: int, dropout: float) -> Drift:
     """N steps of both frameworks, in float32 and in float64 from the same weights and batches.
 
-    Of two layers, on whole batches: drift is a matter of many steps.
+    Of two layers, on whole batches, to be quick.
     """
     model = dataclasses.replace(config.model, dropout=dropout, n_layers=2)
     config = dataclasses.replace(

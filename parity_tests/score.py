@@ -134,8 +134,8 @@ def _is_located(row: Any, mutant: Mutant) -> bool:
     from parity_tests.places import is_near, operations_of
 
     place = f"{Path(mutant.file).stem}.{mutant.scope}"
-    is_called = any(function.startswith(place) for function in row.stack)
-    return is_called or is_near(row.operation, operations_of(place, mutant.code))
+    is_called = mutant.scope and any(f"{name}.".startswith(f"{place}.") for name in row.stack)
+    return bool(is_called) or is_near(row.operation, operations_of(place, mutant.code))
 
 
 @contextlib.contextmanager
@@ -284,24 +284,23 @@ def main() -> int:
     with one_line_errors():
         options = _options(sys.argv[1:])
         chosen, done = _chosen(options), []
-        _write(options.json, summary([]))  # not after hours
+        if options.json:  # not after hours
+            with disk_errors("json", options.json, "name a file that can be written"):
+                Path(options.json).open("a").close()
+        found = summary(done)
         for verdict in verdicts(chosen, options.workers):
             done.append(verdict)
             _say(verdict, len(done), len(chosen))
             found = summary(done) | {"chosen": len(chosen)}
-            _write(options.json, found)  # each time: a run of hours may be killed
+            if options.json:  # each time: a run of hours may be killed
+                head = circumstances("-m parity_tests.score", "cpu")
+                write_json(Path(options.json), head | found)
         unexplained = [survivor for survivor in found["survivors"] if not survivor["why"]]
         print(
             f"{found['all']} run: {found['caught']} caught, {found['located']} of them located; "
             f"{len(found['survivors'])} survive, {len(unexplained)} of them unexplained"
         )
         return 1 if len(unexplained) > options.allowed else 0
-
-
-def _write(path: str | None, found: dict[str, Any]) -> None:
-    if path:
-        with disk_errors("json", path, "name a file that can be written"):
-            write_json(Path(path), circumstances("-m parity_tests.score", "cpu") | found)
 
 
 def _chosen(options: argparse.Namespace) -> list[Mutant]:

@@ -41,6 +41,7 @@ ALWAYS = {  # one of each kind; the others are slow
 
 
 def planted():
+    assert {fault.name for fault in faults.FAULTS} >= ALWAYS
     for fault in faults.FAULTS:
         marks = [] if fault.name in ALWAYS else [pytest.mark.slow]
         yield pytest.param(fault, id=fault.name, marks=marks)

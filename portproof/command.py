@@ -25,8 +25,8 @@ def main(
     """Proves the port and ends the program: 0 equal, 1 different, 2 bad input."""
     try:
         options = _options(faults)
-        if options.html:  # not after minutes
-            Path(options.html).touch()
+        if options.html and not Path(options.html).parent.is_dir():  # not after minutes
+            raise BadInput(f"--html {options.html}: no such folder; make it")
         with faults[options.fault]() if options.fault else nullcontext():
             report = prove(make(), options.steps, float32=not options.dtype)
         print(report)

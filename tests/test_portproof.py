@@ -299,7 +299,7 @@ def test_bad_input_is_one_line(case, monkeypatch, capsys):
         (["--steps", "0"], "argument --steps: 0 is no update"),
         (["--dtype", "y"], "argument --dtype: invalid choice: 'y' (choose from "),
         (["--fault", "z"], "argument --fault: invalid choice: 'z'"),
-        (["--html", "/none/page.html"], "[Errno 2] No such file or directory: '/none/page.html'"),
+        (["--html", "/none/page.html"], "--html /none/page.html: no such folder; make it"),
         (["--step", "1"], "unrecognized arguments: --step 1"),
     ],
 )
