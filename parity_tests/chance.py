@@ -101,11 +101,14 @@ def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
 def _is_threefry(rate: float) -> bool:
     """A mask is that of JAX's own Threefry on the counters (row, index in the row)."""
     B, N = 3, 20
-    key = jax.random.key(7)
+    key = jax.random.fold_in(jax.random.key(7), 1)  # neither of its words is 0
     counters = np.concatenate([np.repeat(np.arange(B), N), np.tile(np.arange(N), B)])
     words = jax.extend.random.threefry_2x32(jax.random.key_data(key), counters.astype(np.uint32))
-    keep = np.asarray(words)[: B * N] >= rate * 2**32
-    return np.array_equal(keep.reshape(B, 4, 5), kernels.keep_mask(key, rate, (B, 4, 5)))
+    bits = np.asarray(words)[: B * N].reshape(B, 4, 5)
+    return all(
+        np.array_equal(bits >= r * 2**32, kernels.keep_mask(key, r, bits.shape))
+        for r in (rate, 1 - rate)
+    )
 
 
 def _begin_alike(a: np.ndarray, b: np.ndarray) -> bool:

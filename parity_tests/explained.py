@@ -11,6 +11,7 @@ NOT_RUN = [
     ("*layer_norm.py:_backward*", "is_gpu", "only on a GPU"),
     ("*layer_norm.py:_backward*", "_gpu", "only on a GPU"),
     ("*layer_norm.py:_backward*", "fits", "only on a GPU"),
+    ("*layer_norm.py:_backward*", "sums", "only on a GPU"),
     ("*model.py:Attention._flash*", "", "only on a GPU: tests/test_flash.py"),
     ("*model.py:Attention._is_flash*", "", "only on a GPU: tests/test_flash.py"),
     ("*model.py:Attention.__call__*", "_flash", "only on a GPU: tests/test_flash.py"),
@@ -34,6 +35,7 @@ NOT_RUN = [
     ("jax_model5/layer_norm.py:*", _STOPPED, "its gradient is written by hand"),
     ("jax_model5/losses.py:_nll*", _STOPPED, "its gradient is written by hand"),
 ]
+_OF_PYTORCH = "PyTorch's own init of a linear layer has this law"
 _CUT_OFF = "zeros that are cut off again"
 _MEMORY = "what the forward pass keeps: memory and time, not numbers"
 EXPLAINED = [
@@ -47,11 +49,7 @@ EXPLAINED = [
         "call left out: jax . random . fold_in",
         "another key: other numbers of the same law",
     ),
-    (
-        "torch_ref/model.py:init_linear",
-        "nn . init . uniform_*(weight",
-        "PyTorch's own init of a linear layer has this law",
-    ),
+    ("torch_ref/model.py:init_linear", "nn . init . uniform_*(weight", _OF_PYTORCH),
     (
         "torch_ref/model.py:CausalAttention.forward",
         "statement deleted: return F . scaled_dot_product_attention",
@@ -67,6 +65,8 @@ EXPLAINED = [
         "left out: nn . init . normal_",
         "PyTorch's own init of an embedding has this law",
     ),
+    ("torch_ref/model.py:init_linear", "left out: nn . init . uniform_*bias", _OF_PYTORCH),
+    ("torch_ref/step.py:*", "call left out: . item", "a tensor of one number"),
     ("torch_ref/step.py:*", "constant: 1 -> 0*[[]:, 1:]", "the last N targets are the same"),
     ("torch_ref/step.py:*", "slice by one: 1 -> *[[]:, 1:]", "the last N targets are the same"),
     ("torch_ref/*", "argument dropped or swapped: , device", "a CPU is one device"),

@@ -102,7 +102,7 @@ def _named(name: str, stage: Iterator[Row], config: TrainConfig) -> Iterator[Row
         for row in stage:
             yield dataclasses.replace(row, stage=name)
     except Exception as error:
-        yield dataclasses.replace(_stop(error, config), stage=name)
+        yield dataclasses.replace(_stop(error, name, config), stage=name)
 
 
 def is_end(row: Row) -> bool:
@@ -146,8 +146,11 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
 _SOURCES = {"jax_model5": "JAX", "torch_ref": "PyTorch"}
 
 
-def _stop(error: Exception, config: TrainConfig) -> Row:
-    """The functions of either model from which an error came, the innermost to blame."""
+def _stop(error: Exception, stage: str, config: TrainConfig) -> Row:
+    """The functions of either model from which an error came, the innermost to blame.
+
+    Where it came from neither, the stage that could not go on with what they returned.
+    """
     frames = [
         (_SOURCES[path.parent.name], path, line, frame.f_code.co_qualname.replace(".<locals>", ""))
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -159,7 +162,7 @@ def _stop(error: Exception, config: TrainConfig) -> Row:
     if frames:
         calls = [f"{path.parent.name}/{path.name}:{line}" for _, path, line, _ in frames[::-1]]
         words = f"{frames[-1][0]} stops there ({', from '.join(calls)}): {words}"
-    place = stack[-1] if stack else "neither model"
+    place = stack[-1] if stack else stage
     fields = config.model.dtype, config.model.dropout, np.inf, np.inf, 0.0
     return Row(place, "stops", *fields, words, stack)
 

@@ -130,4 +130,3 @@ def test_what_is_no_place_of_a_fault_is_not_near_it():
     assert places.is_near("model.Block.forward", ["MLP residual"])
     assert not places.is_near("block 1: gelu", ["ln_1"])
     assert not places.is_near("optimizer", ["logits"])
-    assert not places.is_near("neither model", ["logits"])

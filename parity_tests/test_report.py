@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torch_ref.model
+import torch_ref.step
 from jax_model5 import kernels
 from parity_tests import __main__ as main
 from parity_tests import drift, faults, ladder, report, taps
@@ -136,6 +137,13 @@ def test_a_model_that_stops_is_a_verdict_that_names_the_place(monkeypatch, targe
     assert (row.operation, row.what) == (place, "stops")
     assert "stops there (" in row.cause
     assert row.cause.endswith("ZeroDivisionError: planted")
+
+
+def test_what_no_comparison_can_read_is_of_its_stage(monkeypatch):
+    monkeypatch.setattr(torch_ref.step, "eval_step", lambda *_: None)
+    row = report.first_difference(ladder.case("float64", n_layers=1, dropout=0.1))
+    assert (row.operation, row.what) == ("train and eval mode", "stops")
+    assert row.cause.startswith("TypeError: ")
 
 
 def test_drift_of_a_model_that_stops_is_no_traceback(monkeypatch, capsys):
