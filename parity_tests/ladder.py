@@ -31,11 +31,11 @@ FLOAT32_TOLERANCES: dict[str, float] = {
     "2 layer norm, mean 300": 6e-5,  # 2.2e-5
     "3 logits": 3e-6,  # 1.0e-6
     "4 loss": 4e-7,  # 2.3e-7
-    "4 losses by position": 4e-7,
-    "5 gradients": 8e-6,  # 3.3e-6
+    "4 losses by position": 4e-7,  # 1.0e-7
+    "5 gradients": 8e-6,  # 7.8e-6: 1.6e-14 in float64, both of the same cancellation
     "6 updates": 1.5e-4,  # 6.1e-5
-    "7 trajectory": 4e-4,  # 1.6e-4
-    "7 trajectory, dropout": 8e-5,  # 2.2e-5
+    "7 trajectory": 4e-4,  # 2.7e-4
+    "7 trajectory, dropout": 8e-5,  # 3.8e-5
     "8 train/eval": 4e-7,  # 1.2e-7
     "8 four devices": 4e-4,
 }
