@@ -19,6 +19,7 @@ from parity_tests import ladder, report
 from tests.tiny import ROOT
 
 _attention, _dropout, _in_chunks = F.scaled_dot_product_attention, F.dropout, losses._in_chunks
+_threefry = kernels.threefry2x32
 _keep_mask, _nn_normal = model.keep_mask, torch.nn.init.normal_
 _masked, _make_scheduler = model.masked_attention, torch_ref.step.make_scheduler
 DROPOUT, INITS = "9 dropout, by chance", "9 initial weights, by chance"
@@ -61,6 +62,8 @@ FAULTS = [
     (DROPOUT, "JAX, block 0, drop: share", model, "keep_mask",
      lambda key, rate, shape: _keep_mask(key, rate + 0.03, shape)),
     (DROPOUT, "a mask of its own", model.Dropout, "key", lambda self: jax.random.key(7)),
+    (DROPOUT, "the bits of JAX's own Threefry", kernels, "threefry2x32",
+     lambda *arguments: _threefry(*arguments) ^ 1 << 31),
     (INITS, "JAX, init course: last_block/attn/qkv/kernel: kurtosis", model, "kernel_init",
      uniform),
     (INITS, "PyTorch, init course: last_block/attn/qkv/kernel: standard", torch.nn.init, "normal_",
@@ -108,7 +111,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from jax_model5 import sharding
 from parity_tests import ladder, report
-sharding.mean_gradients = lambda gradients, specs: gradients
+sharding.{name} = lambda values, *specs: values
 rows = ladder.measure("8 four devices", "", report.default_config("float64"))
 assert len(rows) > 30
 print([row.where for row in rows if not row.passed])
@@ -116,8 +119,10 @@ print([row.where for row in rows if not row.passed])
 
 
 @pytest.mark.slow
-def test_gradients_that_do_not_meet_are_seen_on_four_devices():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_DEVICES], cwd=ROOT, capture_output=True, text=True
-    )
-    assert "grad_norm of step 1" in done.stdout, done.stderr[-2000:]
+@pytest.mark.parametrize(
+    ("name", "where"), [("mean_gradients", "grad_norm of step 1"), ("mean", "tested: all_token")]
+)
+def test_what_does_not_meet_is_seen_on_four_devices(name, where):
+    script = ON_DEVICES.format(name=name)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert where in done.stdout, done.stderr[-2000:]

@@ -223,6 +223,11 @@ def ends(port, monkeypatch, *options):
     return ended.value.code
 
 
+def test_the_command_writes_the_page(monkeypatch, tmp_path):
+    assert ends(PORT, monkeypatch, "--html", str(tmp_path / "page.html")) == 0
+    assert "equal at every place" in (tmp_path / "page.html").read_text()
+
+
 def draws(params, tokens, key, deterministic):
     return tiny(params, tokens, key, deterministic=False)
 
