@@ -1,5 +1,6 @@
 """Several processes as one run: they join, agree, and when one is gone, all end with one line."""
 
+import contextlib
 import os
 import re
 import signal
@@ -392,7 +393,8 @@ def test_a_service_that_ends_keeps_its_processes_and_takes_no_new_ones():
     service.shutdown()
     with pytest.raises(ConnectionRefusedError):  # noqa: PT012
         while time.monotonic() < deadline:
-            connect().close()
+            with contextlib.suppress(ConnectionResetError):  # it closed on one that was in line
+                connect().close()
     assert service._process.poll() is None
     member.settimeout(0.1)
     with pytest.raises(TimeoutError):  # noqa: PT012
