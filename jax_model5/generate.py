@@ -26,9 +26,13 @@ from jax_model5.errors import (
     require,
     require_at_least_1,
 )
+from jax_model5.kernels import random_bits
 from jax_model5.model import Block, LayerNorm, Model5
 from jax_model5.startup import set_up_jax
 from jax_model5.step import SAMPLE, abstract_state
+from jax_model5.trees import merge, split
+
+AT_ONCE = 8  # tokens that one call of a compiled loop writes; they appear together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,15 @@ class Sampling:
 # ---- a few more tokens: the KV cache ------------------------------------------------------------
 
 
-def unstack(params: dict) -> dict:
-    """The same parameters, and `blocks` one by one instead of `trunk` and `last_block`.
+def unstack(params: dict, config: ModelConfig) -> dict:
+    """The parameters as a token reads them: `blocks` one by one, matrices in the model's dtype.
 
-    A block cut from the stack is a copy. Generation cuts once, not for every token.
+    A block cut from the stack is a copy, as is a matrix in another dtype. Generation cuts and casts
+    once, not for every token. The `head` is there also where it is wte.
     """
-    rest = dict(params)
+    kernels, others = split(params, ["*/kernel"], "params")
+    matrices = {**kernels, "head": params.get("head", params["wte"])}
+    rest = merge(others, jax.tree.map(lambda matrix: matrix.astype(config.dtype), matrices))
     trunk, last = rest.pop("trunk", None), rest.pop("last_block")
     depth = 0 if trunk is None else jax.tree.leaves(trunk)[0].shape[0]
     blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)]
@@ -112,9 +119,14 @@ def allowed_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
 def draw(key: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
     """One token of each row, tokens_B. A row's draw does not depend on the other rows."""
     if sampling.greedy:
-        return logits_BxV.argmax(axis=1)
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits_BxV)))
-    return jax.vmap(jax.random.categorical)(keys_B, allowed_logits(logits_BxV, sampling))
+        return logits_BxV.argmax(axis=1).astype(jnp.int32)
+    # Gumbel's trick: the largest of z_i - log(e_i), each e_i ~ Exp(1), is token i with probability
+    # p_i. Padded, and by top_k: argmax on a CPU draws one number after the other.
+    padding = (0, 0), (0, -logits_BxV.shape[1] % 64)
+    z_BxW = jnp.pad(allowed_logits(logits_BxV, sampling), padding, constant_values=-jnp.inf)
+    uniform_BxW = (random_bits(key, z_BxW.shape).astype(jnp.float32) + 0.5) * 2.0**-32
+    e_BxW = -jnp.log1p(-uniform_BxW.clip(max=1 - 2**-24))
+    return jax.lax.top_k(z_BxW - jnp.log(e_BxW), 1)[1][:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
@@ -142,19 +154,34 @@ def decode(
     key: jax.Array,
     token_B: jax.Array,
     position_B: jax.Array,
+    first: jax.Array,
+    n: jax.Array,
     *,
     config: ModelConfig,
     sampling: Sampling,
 ) -> tuple[jax.Array, list]:
-    """The token that follows `token_B`, which stands at `position_B`, and the longer cache."""
-    x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], position_B, config)
-    return draw(key, logits(unstacked, x_Bx1xD, config), sampling), cache
+    """The n tokens_BxC that follow `token_B`, which stands at `position_B`, and the longer cache.
+
+    They are the tokens `first`, `first + 1`, ... of the text: their draws' keys are folded by that.
+    """
+
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        cache, token_B, tokens_BxC = carry
+        x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], position_B + i, config)
+        step_key = jax.random.fold_in(key, first + i)
+        token_B = draw(step_key, logits(unstacked, x_Bx1xD, config), sampling)
+        return cache, token_B, tokens_BxC.at[:, i].set(token_B)
+
+    tokens_BxC = jnp.zeros((len(token_B), AT_ONCE), jnp.int32)
+    cache, _, tokens_BxC = jax.lax.fori_loop(0, n, one, (cache, token_B, tokens_BxC))
+    return tokens_BxC, cache
 
 
 def logits(unstacked: dict, x_Bx1xD: jax.Array, config: ModelConfig) -> jax.Array:
     """logits_BxV of features."""
-    tables = {name: leaf for name, leaf in unstacked.items() if name in ("wte", "wpe", "head")}
-    apply: Callable[..., Any] = functools.partial(Model5(config).apply, method="logits")
+    tables = {name: unstacked[name] for name in ("wte", "wpe", "head")}
+    model = Model5(dataclasses.replace(config, tied_head=False))
+    apply: Callable[..., Any] = functools.partial(model.apply, method="logits")
     return apply({"params": tables}, x_Bx1xD)[:, 0]
 
 
@@ -178,26 +205,34 @@ def generate(
     every token then, so that no cached key stays true: the window is run forward again, and every
     token comes from the last position, the one that the final-token objective trains.
     """
-    rows, cache = [list(prompt) for prompt in prompts], None
+    rows, cache, index = [list(prompt) for prompt in prompts], None, 0
     is_done_B = np.zeros(len(rows), bool)
-    key, unstacked = jax.random.fold_in(key, SAMPLE), jax.jit(unstack)(params)
+    if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        config = dataclasses.replace(config, dtype="float32")  # four times as fast there
+    key = jax.random.fold_in(key, SAMPLE)
+    unstacked = jax.jit(unstack, static_argnames="config")(params, config=config)
     how = {"config": config, "sampling": sampling}
-    for index in range(n_tokens):
-        step_key = jax.random.fold_in(key, index)
-        lengths_B = np.array([len(row) for row in rows], np.int32)
-        if cache is None or lengths_B.max() > config.seq_len:
-            tokens_BxL, lengths_B = _windows(rows, config.seq_len)
+    while index < n_tokens:
+        longest = max(map(len, rows))
+        if cache is None or longest > config.seq_len:
+            n, (tokens_BxL, lengths_B) = 1, _windows(rows, config.seq_len)
+            step_key = jax.random.fold_in(key, index)
             token_B, cache = prefill(unstacked, step_key, tokens_BxL, lengths_B, **how)
+            tokens_BxC = token_B[:, None]
         else:
+            n = min(AT_ONCE, n_tokens - index, config.seq_len + 1 - longest)
             last_B = np.array([row[-1] for row in rows], np.int32)
-            token_B, cache = decode(unstacked, cache, step_key, last_B, lengths_B - 1, **how)
-        new_B = np.where(is_done_B, end, token_B)
-        for row, token in zip(rows, new_B, strict=True):
-            row.append(token)
-        yield new_B
-        is_done_B = new_B == end
-        if is_done_B.all():
-            return
+            position_B = np.array([len(row) - 1 for row in rows], np.int32)
+            tokens_BxC, cache = decode(unstacked, cache, key, last_B, position_B, index, n, **how)
+        for token_B in np.asarray(tokens_BxC)[:, :n].T:
+            new_B = np.where(is_done_B, end, token_B)
+            for row, token in zip(rows, new_B, strict=True):
+                row.append(token)
+            yield new_B
+            is_done_B = new_B == end
+            if is_done_B.all():
+                return
+        index += n
 
 
 def _windows(rows: Sequence[Sequence[int]], L: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ Each is equal to its plain form, which its docstring states (tests/test_kernels.
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,27 +25,53 @@ def at_least_float32(dtype: Any) -> Any:
 # ---- products -----------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, [..., I] by [I, O], with a backward pass in which nothing is transposed.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum(axes, a, b)`, each axis in two of the three, with a backward pass of two more.
 
-    JAX's own gives the kernel's gradient as (g^T x)^T, and XLA on a CPU then writes g^T to memory.
+    Of bfloat16 each is added up in float32 and rounded once. JAX's own backward pass transposes,
+    and XLA on a CPU then writes the transposed array to memory.
     """
-    return x @ kernel
+    return _product(axes, a, b)
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
-    return x @ kernel, (x, kernel)
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    wide = at_least_float32(a.dtype) if _is_float32_fast() else a.dtype
+    return jnp.einsum(axes, a, b, preferred_element_type=wide).astype(a.dtype)
 
 
-def _matmul_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
-    # One leading axis: with two, XLA transposes again.
-    x_MxI, g_MxO = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return g @ kernel.T, jnp.einsum("mi,mo->io", x_MxI, g_MxO)
+def _product_forward(axes: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    return _product(axes, a, b), (a, b)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+def _product_backward(axes: str, residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a, b = residuals
+    of_a, of_b, of_g = axes.replace("->", ",").split(",")
+    return _product(f"{of_g},{of_b}->{of_a}", g, b), _product(f"{of_a},{of_g}->{of_b}", a, g)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@functools.cache
+def _is_float32_fast() -> bool:
+    """Whether XLA's bfloat16 products are faster on this CPU with a float32 result, cast after it.
+
+    Twice on an AMD with AVX-512's bfloat16 instructions, two thirds on an Intel with them; on both
+    it rounds once either way. docs/performance.md has the figures.
+    """
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in cpu and "avx512_bf16" in cpu
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, [..., I] by [I, O]."""
+    # One leading axis: with two, XLA transposes x for the kernel's gradient.
+    y_MxO = product("mi,io->mo", x.reshape(-1, x.shape[-1]), kernel)
+    return y_MxO.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
@@ -62,7 +89,8 @@ def _matmul_transposed_forward(x: jax.Array, table_VxD: jax.Array) -> tuple[jax.
     # One leading axis, for the sake of the table's gradient: see `matmul`.
     x_MxD = x.reshape(-1, D)
     padded_WxD = _padded(table_VxD.astype(x.dtype), 0)
-    logits_MxW = _product("md,vd->mv", x_MxD, padded_WxD, at_least_float32(x.dtype))
+    wide = at_least_float32(x.dtype)
+    logits_MxW = jnp.einsum("md,vd->mv", x_MxD, padded_WxD, preferred_element_type=wide)
     logits_MxV = logits_MxW[:, : len(table_VxD)]
     return logits_MxV.reshape(B, N, -1), (x_MxD, table_VxD)
 
@@ -71,8 +99,8 @@ def _matmul_transposed_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Arr
     x_MxD, table_VxD = residuals
     g_MxW = _padded(g.reshape(-1, g.shape[-1]).astype(x_MxD.dtype), 1)
     padded_WxD = _padded(table_VxD.astype(x_MxD.dtype), 0)
-    gx_MxD = _product("mv,vd->md", g_MxW, padded_WxD, x_MxD.dtype)
-    g_WxD = _product("mv,md->vd", g_MxW, x_MxD, table_VxD.dtype)
+    gx_MxD = _product("mv,vd->md", g_MxW, padded_WxD)
+    g_WxD = jnp.einsum("mv,md->vd", g_MxW, x_MxD, preferred_element_type=table_VxD.dtype)
     return gx_MxD.reshape(*g.shape[:-1], -1), g_WxD[: len(table_VxD)]
 
 
@@ -81,10 +109,6 @@ def _padded(x: jax.Array, axis: int) -> jax.Array:
     if not sharding.is_gpu():
         return x
     return jnp.pad(x, [(0, -x.shape[i] % 64 if i == axis else 0) for i in range(x.ndim)])
-
-
-def _product(axes: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=dtype)
 
 
 matmul_transposed.defvjp(_matmul_transposed_forward, _matmul_transposed_backward)
@@ -102,18 +126,20 @@ def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.bits(key, shape) >= rate * 2**32`: True with probability 1 - rate, to 2**-32.
+    """`random_bits >= rate * 2**32`: True with probability 1 - rate, to 2**-32."""
+    return random_bits(key, shape) >= threshold(rate)
 
-    A function of the key and each index in the batch, whichever device has the row. Of a threefry
-    key the bits are those of `threefry2x32`.
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`jax.random.bits(key, shape)`, 32 of them; of a threefry key they are `threefry2x32`'s.
+
+    A function of the key and each index in the batch, whichever device has the row.
     """
     first_row = sharding.first_row(shape[0])
     if str(jax.random.key_impl(key)) == "threefry2x32":
-        bits = threefry2x32(jax.random.key_data(key), first_row, shape)
-    else:
-        of_batch = jax.random.bits(key, (sharding.n_devices() * shape[0], *shape[1:]), jnp.uint32)
-        bits = jax.lax.dynamic_slice_in_dim(of_batch, first_row, shape[0])
-    return bits >= threshold(rate)
+        return threefry2x32(jax.random.key_data(key), first_row, shape)
+    of_batch = jax.random.bits(key, (sharding.n_devices() * shape[0], *shape[1:]), jnp.uint32)
+    return jax.lax.dynamic_slice_in_dim(of_batch, first_row, shape[0])
 
 
 def threshold(rate: float) -> jax.Array:
@@ -188,7 +214,9 @@ def masked_attention(
     drop: Drop,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(B, 1,) N, L] lets a query see."""
-    scores_BxHxNxL = q_BxHxNxK @ k_BxHxLxK.swapaxes(2, 3) / math.sqrt(q_BxHxNxK.shape[-1])
+    scores_BxHxNxL = product("bhnk,bhlk->bhnl", q_BxHxNxK, k_BxHxLxK)
+    scores_BxHxNxL = scores_BxHxNxL / math.sqrt(q_BxHxNxK.shape[-1])
     scores_BxHxNxL = jnp.where(is_past, scores_BxHxNxL, -jnp.inf)
     weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(scores_BxHxNxL.dtype)))
-    return drop(weights_BxHxNxL.astype(v_BxHxLxK.dtype)) @ v_BxHxLxK
+    weights_BxHxNxL = drop(weights_BxHxNxL.astype(v_BxHxLxK.dtype))
+    return product("bhnl,bhlk->bhnk", weights_BxHxNxL, v_BxHxLxK)

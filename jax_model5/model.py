@@ -187,14 +187,23 @@ class Attention(nn.Module):
         return flash.causal_attention(qkv_BxLx3D, bias_3D, keys_2x2, n_heads=n_heads, rate=rate)
 
     def _cached(self, name: str, new_BxHxTxK: jax.Array, start_B: jax.Array) -> jax.Array:
-        """The window's keys or values [B, H, L, K] so far, the new ones written at start_B."""
-        B, H, _, K = new_BxHxTxK.shape
-        shape = (B, H, self.config.seq_len, K)
-        cache = self.variable("cache", name, jnp.zeros, shape, new_BxHxTxK.dtype)
-        write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, start))
-        starts_Bx3 = jnp.stack([0 * start_B, start_B, 0 * start_B], axis=1)
-        cache.value = write(cache.value, new_BxHxTxK, starts_Bx3)
-        return cache.value
+        """The window's keys or values [B, H, L, K] so far, the new ones written at start_B.
+
+        Keys lie transposed, as the scores' product reads them.
+        """
+        lie = (lambda x: x.swapaxes(2, 3)) if name == "k" else (lambda x: x)
+        B, H, T, K = new_BxHxTxK.shape
+        L = self.config.seq_len
+        cache = self.variable(
+            "cache", name, lambda: lie(jnp.zeros((B, H, L, K), new_BxHxTxK.dtype))
+        )
+        index_BxL = jnp.arange(L) - start_B[:, None]
+        is_new_BxL = (index_BxL >= 0) & (index_BxL < T)
+        index_BxL = index_BxL.clip(0, T - 1)
+        new_BxHxLxK = jnp.take_along_axis(new_BxHxTxK, index_BxL[:, None, :, None], axis=2)
+        kept_BxHxLxK = jnp.where(is_new_BxL[:, None, :, None], new_BxHxLxK, lie(cache.value))
+        cache.value = lie(kept_BxHxLxK)
+        return kept_BxHxLxK
 
 
 class QKV(nn.Module):

@@ -80,12 +80,17 @@ def train_step(
     updates, opt_state = update.update(gradients, state.opt_state, moving)
     metrics = {
         "loss": mean_loss,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": _norm(gradients),
         "learning_rate": jnp.asarray(schedule(config.optimizer, config.steps)(state.step)),
     }
     params = merge(optax.apply_updates(moving, updates), frozen)
-    metrics["param_norm"] = optax.tree.norm(params)
+    metrics["param_norm"] = _norm(params)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _norm(tree: dict) -> jax.Array:
+    """Behind a barrier: else XLA on a CPU shares the squares with the update, in memory."""
+    return optax.tree.norm(jax.lax.optimization_barrier(tree))
 
 
 def loss_and_gradients(

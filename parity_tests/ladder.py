@@ -254,7 +254,7 @@ def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int)
 @functools.partial(jax.jit, static_argnames="config")
 def _cached_logits(params: Any, tokens_BxL: jax.Array, *, config: TrainConfig) -> jax.Array:
     """As text is generated: the first half at once, then one token at a time, four at most."""
-    unstacked, c = generate.unstack(params), config.model
+    unstacked, c = generate.unstack(params, config.model), config.model
     cache: list = [{}] * c.n_layers
     half, parts = c.seq_len // 2, []
     for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 4)))]:
@@ -506,6 +506,10 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         low, function = argument.astype(jnp.bfloat16), jax.jit(function)
         exact = function(low.astype(float))
         yield f"{name} in bfloat16", _is_rounded_once(function(low), exact), True
+    products = {"mi,io->mo": (x[0], wide[0, 1:, :D].T), "bhnk,bhlk->bhnl": (q, k)}
+    products["bhnl,bhlk->bhnk"] = (jnp.einsum("bhnk,bhlk->bhnl", q, k), v)
+    for axes, pair_of in products.items():
+        yield f"product {axes} in bfloat16", _is_product_rounded_once(axes, *pair_of), True
     scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[-1])
     exact = jax.nn.softmax(jnp.where(jnp.tri(L) > 0, scores.astype(float), -jnp.inf))
     found: list[jax.Array] = []
@@ -527,6 +531,17 @@ def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
     last_place = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(size, 1e-30))) - 7)
     allowed = 0.5 * last_place + 2.0**-20 * size.max()
     return (jnp.abs(found.astype(exact.dtype) - exact) <= allowed).all()
+
+
+def _is_product_rounded_once(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """And both of its gradients."""
+    low = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    found, found_of = jax.vjp(functools.partial(kernels.product, axes), *low)
+    wide = [x.astype(float) for x in low]
+    exact, exact_of = jax.vjp(functools.partial(jnp.einsum, axes), *wide)
+    g = jnp.cos(jnp.arange(found.size)).reshape(found.shape).astype(jnp.bfloat16)
+    pairs = zip((found, *found_of(g)), (exact, *exact_of(g.astype(float))), strict=True)
+    return jnp.array([_is_rounded_once(ours, right) for ours, right in pairs]).all()
 
 
 def on_devices(config: TrainConfig) -> Comparisons:

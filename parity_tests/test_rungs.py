@@ -71,6 +71,8 @@ FAULTS = [
     ("4 losses by position", "losses of the last 5", losses, "_in_chunks", last_first),
     ("3 logits", "KV cache", model, "masked_attention", sees_all),
     (LOW, "softmax in bfloat16", kernels, "at_least_float32", lambda dtype: dtype),
+    (LOW, "product mi,io->mo in bfloat16", kernels, "_product",
+     lambda axes, a, b: jnp.einsum(axes, a, b) + 1 - 1),
     (LOW, "layer norm in bfloat16", layer_norm, "at_least_float32", lambda dtype: dtype),
     (LOW, "loss in bfloat16", losses, "at_least_float32", lambda dtype: dtype),
     (LOW, "PyTorch under bfloat16", torch_ref.step, "autocast",

@@ -1,5 +1,6 @@
 """Each kernel is its plain form: the same numbers and gradients, the same bits of a mask."""
 
+import functools
 import math
 
 import jax
@@ -54,6 +55,48 @@ def test_matmul_transposed_is_a_product():
     with pytest.MonkeyPatch.context() as for_a_gpu:  # whose products have 64 tokens or a multiple
         for_a_gpu.setattr(sharding, "is_gpu", lambda: True)
         assert worst_error(kernels.matmul_transposed, plain, x_BxNxD, table_VxD) < 1e-14
+
+
+PRODUCTS = {
+    "mi,io->mo": ((7, 64), (64, 5)),
+    "bhnk,bhlk->bhnl": ((2, 3, 5, 16), (2, 3, 7, 16)),
+    "bhnl,bhlk->bhnk": ((2, 3, 5, 7), (2, 3, 7, 16)),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("axes", PRODUCTS)
+def test_a_product_is_einsum(axes):
+    a, b = (normal(i, *shape) for i, shape in enumerate(PRODUCTS[axes]))
+    plain = functools.partial(jnp.einsum, axes)
+    assert worst_error(functools.partial(kernels.product, axes), plain, a, b) < 1e-14
+    assert worst_error(lambda a, b: kernels.product(axes, a, 2 * b), plain, a, b) > 0.1
+
+
+def last_places(found: jax.Array, exact: jax.Array) -> float:
+    """The largest error in units of bfloat16's last place, but for float32's own rounding."""
+    assert found.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(found, float) - exact) - 1e-6 * np.abs(exact).max()
+    return (error / 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)).max()
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize("axes", PRODUCTS)
+def test_a_product_of_bfloat16_is_rounded_once(axes, is_fast, monkeypatch):
+    """Forward and backward, in both of its forms."""
+    monkeypatch.setattr(kernels, "_is_float32_fast", lambda: is_fast)
+    a, b = (normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(PRODUCTS[axes]))
+    found, pull = jax.vjp(functools.partial(kernels.product, axes), a, b)
+    g = normal(2, *found.shape).astype(jnp.bfloat16)
+    wide = [np.asarray(x, float) for x in (a, b, g)]
+    of_a, of_b, of_g = axes.replace("->", ",").split(",")
+    exact_a = np.einsum(f"{of_g},{of_b}->{of_a}", wide[2], wide[1])
+    exact_b = np.einsum(f"{of_a},{of_g}->{of_b}", wide[0], wide[2])
+    exact = np.einsum(axes, *wide[:2])
+    for ours, right in zip((found, *pull(g)), (exact, exact_a, exact_b), strict=True):
+        assert last_places(ours, right) <= 0.5
+    twice = (found + 1) - 1
+    assert last_places(twice, exact) > 0.5, "a second rounding was not seen"
 
 
 def test_logits_of_bfloat16_features_are_kept_in_float32():
