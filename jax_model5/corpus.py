@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import platform
 import re
@@ -135,7 +136,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
     with disk_errors("data.cache_dir", config.data.cache_dir, fix):
         if not is_whole(folder):
             _build(config.data, encoding, folder)
-        tokens_T, manifest = _open(folder)
+        tokens_T, manifest = _open(folder, in_windows=True)
     return _split(tokens_T, manifest, config)
 
 
@@ -167,9 +168,17 @@ def _cache_name(config: DataConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", stem).lstrip(".")[:40] + f"-{digest}"
 
 
-def _open(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def _open(folder: Path, *, in_windows: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
+    """Tokens and manifest. Of a window anywhere, what the system would read ahead is for nothing.
+
+    That is up to megabytes for each window that memory does not hold yet.
+    """
     manifest = json.loads((folder / "manifest.json").read_text())
-    return np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r"), manifest
+    with open(folder / "tokens.bin", "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if in_windows and hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, manifest["dtype"]), manifest
 
 
 def is_of_an_older_version(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_model5 import batches, corpus, tokenizer
+from jax_model5 import batches, corpus, disk, tokenizer
 from jax_model5.config import DataConfig, TrainConfig
 from tests.tiny import TEXT, start, tiny
 
@@ -151,6 +152,26 @@ def test_a_kill_while_tokenizing_leaves_no_half_corpus(tmp_path):
     assert [path for path in cache.glob("*") if path.name != "xla"] == list(
         cache.glob(".*.building")
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_ten_billion_tokens_are_opened_and_sampled_where_they_lie(config):
+    """A file of 20 GB, all hole: not read at the start, and nothing ahead of a window."""
+    corpus.load_corpus(config)
+    (path,) = Path(config.data.cache_dir).glob("*/tokens.bin")
+    with path.open("r+b") as file:
+        file.truncate(2 * 10**10)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest |= {"tokens": 10**10, "written": path.stat().st_mtime_ns}
+    manifest = disk.sealed({name: value for name, value in manifest.items() if name != disk._SEAL})
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    large = corpus.load_corpus(config)
+    assert large.n_train == 8 * 10**9
+    for step in range(20):
+        batches.train_batch(large, config, step)
+    *_, mapping = Path("/proc/self/smaps").read_text().split(str(path))
+    assert int(re.search(r"Rss: +(\d+)", mapping)[1]) < 1000  # kB; of 80 windows two pages each
+    assert " rr" in re.search("VmFlags:(.*)", mapping)[1]
 
 
 # ---- split and samplers -------------------------------------------------------------------------
