@@ -77,6 +77,13 @@ def unstack(params: dict, config: ModelConfig) -> dict:
     return {**rest, "blocks": [*blocks, last]}
 
 
+def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
+    """`unstack`ed, and the config to go on with: a CPU is six times as fast in float32."""
+    if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        config = dataclasses.replace(config, dtype="float32")
+    return jax.jit(unstack, static_argnames="config")(params, config=config), config
+
+
 def extend(
     unstacked: dict, cache: list, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, list]:
@@ -207,10 +214,8 @@ def generate(
     """
     rows, cache, index = [list(prompt) for prompt in prompts], None, 0
     is_done_B = np.zeros(len(rows), bool)
-    if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
-        config = dataclasses.replace(config, dtype="float32")  # four times as fast there
     key = jax.random.fold_in(key, SAMPLE)
-    unstacked = jax.jit(unstack, static_argnames="config")(params, config=config)
+    unstacked, config = prepared(params, config)
     how = {"config": config, "sampling": sampling}
     while index < n_tokens:
         longest = max(map(len, rows))

@@ -193,6 +193,9 @@ def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
         ("--steps two", "invalid int value: 'two'"),
         ("--sweep width", "invalid choice: 'width'"),
         ("--peer tuned --sweep batch", "a sweep has no peers"),
+        ("--peer transformers", "peer='transformers': a step has the peers course, tuned, flax"),
+        ("--peer flax --generate", "peer='flax': a text has the peers course, transformers"),
+        ("--sweep batch --generate", "leave out --sweep"),
         ("--dtype float32 --dtype bfloat16 --sweep batch", "one --dtype at a time"),
         ("--accumulate 2 --sweep batch", "the batch is swept without it"),
         ("--accumulate 3", "accumulate=3: must divide batch_size=16"),
@@ -231,22 +234,47 @@ def test_a_program_that_died_between_turns_is_told():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [{}, {"gelu": "tanh", "tied_head": False}], ids=str)
-def test_peers_need_the_same_weights_to_compare_losses(variant, tmp_path, text_file):
-    """PyTorch at the weights that our side wrote has our loss; at other weights it has not."""
+@pytest.mark.parametrize(
+    ("peer", "variant"),
+    [
+        ("course", {}),
+        ("course", {"gelu": "tanh", "tied_head": False}),
+        ("flax", {}),
+        ("flax", {"gelu": "tanh", "scale_logits": False, "n_layers": 1}),
+    ],
+)
+def test_peers_need_the_same_weights_to_compare_losses(peer, variant, tmp_path, text_file):
+    """A peer at the weights that our side wrote has our loss; at other weights it has not."""
     config = with_model(tiny(tmp_path, text_file, objective="last_k", last_k=3), **variant)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     weights = str(tmp_path / "weights.npz")
     ours = peers.ours(config, "float32", tmp_path)
-    theirs = peers.course(config, "float32", tmp_path)
+    theirs = getattr(peers, peer)(config, "float32", tmp_path)
     with peers.ended([ours, theirs]):
         losses = {"jax": ours.ask("loss", weights)["loss"]}
-        losses["torch"] = theirs.ask("loss", weights)["loss"]
+        losses["peer"] = theirs.ask("loss", weights)["loss"]
         rounds.require_equal_losses(losses, "float32")
+        assert theirs.ask("step", 2)["seconds"][0] > 0 < theirs.ask("eval", 1)["seconds"][0]
         leaves = dict(np.load(weights))
-        leaves["blocks.2.ln_1.bias"] += 1.0
+        leaves[f"blocks.{config.model.n_layers - 1}.ln_1.bias"] += 1.0
         np.savez(weights, **leaves)
-        losses["torch"] = theirs.ask("loss", weights)["loss"]
+        losses["peer"] = theirs.ask("loss", weights)["loss"]
     with pytest.raises(UserError, match="do not do the same work"):
         rounds.require_equal_losses(losses, "float32")
+
+
+@pytest.mark.slow
+def test_texts_are_compared_with_transformers_and_the_bound(tmp_path, text_file):
+    config = with_model(tiny(tmp_path, text_file), seq_len=256)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(config))
+    arguments = f"--case {path} --generate --peer transformers --rounds 2 --out {tmp_path}".split()
+    code, stdout, stderr = run(*arguments, module="jax_model5.bench")
+    assert code == 0, stderr
+    assert "all weights read in" in stdout
+    assert "jax float32 against torch transformers float32" in stdout
+    result = json.loads((tmp_path / "tiny_final_token_generate.json").read_text())
+    ours, theirs = result["programs"]
+    assert ours["of_bound"] == ours["tokens_per_s"] * result["read_weights_s"] > 0
+    assert len(theirs["rounds"]) == 2

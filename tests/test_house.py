@@ -40,7 +40,7 @@ def breaches(package: str, module: str, source: str) -> list[str]:
         above = SPINE[: SPINE.index(module)] if module in SPINE else SPINE
         wrong += sorted(own - set(above) - {module})
         wrong += sorted(name for name in names if name.split(".")[0] in ("torch", "torch_ref"))
-        if module not in ("model", "kernels"):
+        if module not in ("model", "kernels", "bench"):
             wrong += sorted(name for name in names if name.startswith("flax.linen"))
     if package == "torch_ref":
         wrong += sorted(own - set(FRAMEWORK_FREE))

@@ -1,9 +1,11 @@
 """PyTorch's side of the benchmark: the course's step, and the fastest one for the same work.
 
-`python -m torch_ref.bench course|eager|compile [--config FILE]` speaks the protocol of
+`python -m torch_ref.bench course|eager|compile|transformers [--config FILE]` speaks the protocol of
 jax_model5/bench/measure.py: JSON when the first step is done, then for each line `step N`.
+transformers is Hugging Face's GPT-2, which only writes texts.
 """
 
+import importlib.metadata
 import json
 import math
 import resource
@@ -102,29 +104,62 @@ def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Ca
     return step
 
 
+def transformers_text(config: TrainConfig, prompt_1xT: torch.Tensor) -> Callable[[], float]:
+    """Times NEW_TOKENS drawn tokens of GPT-2 with its KV cache."""
+    import transformers
+
+    c = config.model
+    gpt2 = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.seq_len,
+        n_embd=c.d_model,
+        n_layer=c.n_layers,
+        n_head=c.n_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model: Any = transformers.GPT2LMHeadModel(gpt2)
+    model = model.to(prompt_1xT.device, getattr(torch, c.dtype)).eval()
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW_TOKENS}
+    mask_1xT = torch.ones_like(prompt_1xT)
+    return lambda: timed(lambda: model.generate(prompt_1xT, attention_mask=mask_1xT, **how))
+
+
 def course_step(model: Model5, config: TrainConfig) -> Callable:
     optimizer = make_optimizer(model, config.optimizer)
     scheduler = make_scheduler(optimizer, config.optimizer, config.steps)
     return lambda windows: train_step(model, optimizer, scheduler, windows, config)["loss"]
 
 
+def trained(variant: str, config: TrainConfig, device: str) -> tuple[Model5, Callable]:
+    """The model, and its step: windows [B, L + 1] -> loss."""
+    dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
+    if variant == "course":
+        model = Model5(config.model).to(device, dtype)
+        return model, course_step(model, config)
+    tuned = TunedModel5(config.model).to(device, dtype)
+    return tuned, tuned_step(tuned, config, is_compiled=variant == "compile")
+
+
 def main() -> None:
     with one_line_errors():
         variant, *args = sys.argv[1:] or [""]
-        if variant not in ("course", "eager", "compile"):
-            raise UserError(f"{variant!r}: the first argument is course, eager or compile")
+        if variant not in ("course", "eager", "compile", "transformers"):
+            words = "course, eager, compile or transformers"
+            raise UserError(f"{variant!r}: the first argument is {words}")
         config = parse(args, "torch_ref.bench")
         require_plain(config)
         corpus = load_corpus(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     torch.manual_seed(config.seed)
-    if variant == "course":
-        model = Model5(config.model).to(device, dtype)
-        train = course_step(model, config)
-    else:
-        model = tuned_model = TunedModel5(config.model).to(device, dtype)
-        train = tuned_step(tuned_model, config, is_compiled=variant == "compile")
+    prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
+    if variant == "transformers":
+        versions = {name: importlib.metadata.version(name) for name in ("torch", variant)}
+        text = transformers_text(config, prompt_1xT)
+        serve({"versions": versions}, None, {"generate": text}, None)
+        return
+    model, train = trained(variant, config, device)
     step = 0
 
     def run_steps(count: int) -> float:
@@ -146,7 +181,6 @@ def main() -> None:
         with autocast(prompt_1xT, config):
             return generate(model, prompt_1xT, NEW_TOKENS)
 
-    prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
     runs = {
         "eval": lambda: timed(lambda: eval_step(model, test_batch, config)),
         "generate": lambda: timed(write_text),
@@ -157,19 +191,19 @@ def main() -> None:
 
 def serve(
     about: dict[str, Any],
-    run_steps: Callable[[int], float],
+    run_steps: Callable[[int], float] | None,
     runs: dict[str, Callable[[], float]],
-    initial_loss: Callable[[str], float],
+    initial_loss: Callable[[str], float] | None,
 ) -> None:
     """As jax_model5/bench/measure.py's: the first run of each kind is a warm-up."""
     print(json.dumps(about), flush=True)
     warm: set[str] = set()
     for line in sys.stdin:
         kind, argument = line.rstrip("\n").split(" ", 1)
-        if kind == "loss":
+        if kind == "loss" and initial_loss:
             print(json.dumps({"loss": initial_loss(argument)}), flush=True)
             continue
-        if kind == "step":
+        if kind == "step" and run_steps:
             seconds = [run_steps(int(argument))]
             print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue

@@ -16,8 +16,8 @@ import jax
 
 from jax_model5 import record
 from jax_model5.bench import cases, measure, report
-from jax_model5.bench.generation import measure_generation
-from jax_model5.bench.peers import course, ended, ours, tuned
+from jax_model5.bench.generation import TEXT_PEERS, measure_generation
+from jax_model5.bench.peers import course, ended, flax, ours, tuned
 from jax_model5.bench.rounds import (
     Program,
     fraction,
@@ -33,6 +33,7 @@ from jax_model5.errors import (
     ArgumentParser,
     UserError,
     one_line_errors,
+    require,
     require_at_least_1,
     require_torch,
 )
@@ -40,7 +41,7 @@ from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.losses import n_last
 from jax_model5.startup import note
 
-PEERS = ("course", "tuned")
+STEP_PEERS = ("course", "tuned", "flax")
 _EVALS, _MATMULS = 3, 10
 
 
@@ -56,9 +57,12 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, help=f"micro-batches a step, {knob}")
     dtypes = "repeat it to measure each; default: the case's own"
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
-    peers = "time PyTorch too: as the course writes it, or the fastest we know; repeat it for both"
-    parser.add_argument("--peer", action="append", default=[], choices=PEERS, help=peers)
-    text = "time the writing of a text of 200 tokens instead; peer course only"
+    peers = "time another too: PyTorch as the course writes it, the fastest we know, plain Flax"
+    peers += ", of a text also transformers; repeat it for more"
+    parser.add_argument(
+        "--peer", action="append", default=[], choices={*STEP_PEERS, *TEXT_PEERS}, help=peers
+    )
+    text = "time the writing of a text of 200 tokens instead"
     parser.add_argument("--generate", action="store_true", help=text)
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
     rounds = "times that each program has its turn; default 5"
@@ -73,9 +77,12 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
     if options.peer and options.sweep:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
-    if options.generate and (options.sweep or "tuned" in options.peer):
-        raise UserError("generate: leave out --sweep and --peer tuned; its one peer is course")
-    if options.peer:
+    if options.generate and options.sweep:
+        raise UserError("generate: leave out --sweep")
+    what, allowed = ("a text", [*TEXT_PEERS]) if options.generate else ("a step", [*STEP_PEERS])
+    for peer in options.peer:
+        require(peer in allowed, "peer", peer, f"{what} has the peers {', '.join(allowed)}")
+    if set(options.peer) - {"flax"}:
         require_torch("peer", options.peer[0])
     return options
 
@@ -158,6 +165,8 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             note(f"{programs[-1].name}: first step done")
+        if "flax" in options.peer:
+            programs += [flax(config, dtype, scratch) for dtype in dtypes]
         if "tuned" in options.peer:
             programs += [tuned(config, dtype, options.steps, scratch) for dtype in dtypes]
         requests = {p.name: {"step": options.steps} for p in programs}
@@ -270,7 +279,7 @@ def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> di
 
 
 def write_text(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
-    """Our generation against the course's loop."""
+    """Our generation against its peers."""
     programs, result = measure_generation(config, options.peer, options.rounds, scratch)
     return about(options, config, programs) | result
 

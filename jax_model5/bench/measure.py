@@ -1,9 +1,9 @@
 """One program of the benchmark, in a process of its own: our training step, timed on request.
 
 It prints a JSON object when its first step is done, then one for each line `step N`, `eval N`,
-`matmul N`, `generate N` or `loss PATH` of standard input: the seconds of N runs, each ended by a
-synchronization (of N steps, as in training, only the last: one figure, their mean), or the loss of
-the first batch at the initial weights, which it writes to PATH.
+`matmul N`, `generate N`, `read N` or `loss PATH` of standard input: the seconds of N runs, each
+ended by a synchronization (of N steps, as in training, only the last: one figure, their mean), or
+the loss of the first batch at the initial weights, which it writes to PATH.
 """
 
 import dataclasses
@@ -15,14 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jax_model5.batches import test_batches, train_batch
 from jax_model5.bench.cases import NEW_TOKENS, PROMPT_TOKENS
 from jax_model5.config import TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import one_line_errors
-from jax_model5.generate import Sampling, generate
+from jax_model5.generate import Sampling, generate, prepared
 from jax_model5.losses import n_last, position_losses
 from jax_model5.programs import Programs, steps
 from jax_model5.startup import memory_errors, set_up_jax
@@ -73,6 +75,7 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
         "eval": lambda: timed(lambda: programs.test(state.params, tests)),
         "matmul": matmul(config, programs.mesh.size),
         "generate": lambda: timed(lambda: write_text(state.params, corpus, programs, config)),
+        "read": lambda: read_weights(state.params, config),
     }
     serve(about, run_steps, runs, lambda path: initial_loss(config, corpus, programs, path))
 
@@ -123,6 +126,18 @@ def write_text(
             n_tokens=NEW_TOKENS,
         )
     )
+
+
+def read_weights(params: dict, config: TrainConfig) -> float:
+    """Seconds to read what every token of a text reads, at the speed of memory: to add it up."""
+    unstacked, _ = prepared(params, config.model)
+    jax.block_until_ready(unstacked)
+    return timed(lambda: _sum(unstacked))
+
+
+@jax.jit
+def _sum(tree: Any) -> jax.Array:
+    return optax.tree.sum(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
 
 
 def initial_loss(config: TrainConfig, corpus: Corpus, programs: Programs, path: str) -> float:

@@ -27,10 +27,23 @@ def course(config: TrainConfig, dtype: str, scratch: Path) -> Program:
     return _torch("course", config, dtype, scratch)
 
 
+def flax(config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    """Flax as its users write it."""
+    path = _config_file(with_model(config, dtype=dtype), scratch)
+    return Program(
+        f"flax {dtype}", [sys.executable, "-m", "jax_model5.bench.flax_peer", "--config", path], {}
+    )
+
+
+def transformers(config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    """GPT-2 of Hugging Face's package, which only writes texts."""
+    return _torch("transformers", config, dtype, scratch)
+
+
 def _torch(variant: str, config: TrainConfig, dtype: str, scratch: Path) -> Program:
     path = _config_file(with_model(config, dtype=dtype), scratch)
     command = [sys.executable, "-m", "torch_ref.bench", variant, "--config", path]
-    label = variant if variant == "course" else f"tuned {variant}"
+    label = f"tuned {variant}" if variant in ("eager", "compile") else variant
     return Program(f"torch {label} {dtype}", command, {})
 
 

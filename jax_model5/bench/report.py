@@ -42,13 +42,18 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def print_generation(result: dict[str, Any]) -> None:
-    """One line a program; then the ratio."""
+    """One line a program; then the bound and the ratios."""
     for row in result["programs"]:
         seconds = row["seconds"]
         print(
             f"{row['name']}: {result['generated_tokens']} tokens in {seconds['median']:.3g} s "
             f"({seconds['q1']:.3g}-{seconds['q3']:.3g}), {row['tokens_per_s']:,.1f} tokens/s"
         )
+    first, read_s = result["programs"][0], result["read_weights_s"]
+    print(
+        f"all weights read in {1e3 * read_s:.3g} ms, at most {1 / read_s:,.1f} tokens/s: "
+        f"{first['name']} writes {first['of_bound']:.0%} of them"
+    )
     for line in ratio_lines(result):
         print(line)
 
