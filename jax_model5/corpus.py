@@ -171,13 +171,14 @@ def _cache_name(config: DataConfig) -> str:
 def _open(folder: Path, *, in_windows: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
     """Tokens and manifest. Of a window anywhere, what the system would read ahead is for nothing.
 
-    That is up to megabytes for each window that memory does not hold yet.
+    That is up to megabytes a window; a file of less than a gigabyte is soon in memory that way.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     with open(folder / "tokens.bin", "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if in_windows and hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-        mapped.madvise(mmap.MADV_RANDOM)
+    if in_windows and len(mapped) > 2**30 and hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        with contextlib.suppress(OSError):  # it is advice
+            mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, manifest["dtype"]), manifest
 
 

@@ -71,16 +71,28 @@ def unstack(params: dict, config: ModelConfig) -> dict:
     kernels, others = split(params, ["*/kernel"], "params")
     matrices = {**kernels, "head": params.get("head", params["wte"])}
     rest = merge(others, jax.tree.map(lambda matrix: matrix.astype(config.dtype), matrices))
-    trunk, last = rest.pop("trunk", None), rest.pop("last_block")
-    depth = 0 if trunk is None else jax.tree.leaves(trunk)[0].shape[0]
-    blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)]
-    return {**rest, "blocks": [*blocks, last]}
+    blocks = blocks_of(rest.pop("trunk", {}), rest.pop("last_block"))
+    return {**rest, "blocks": blocks}
+
+
+def blocks_of(trunk: dict, last: dict) -> list[dict]:
+    """The parameters of each block of the stack, and the last one's."""
+    depth = len(jax.tree.leaves(trunk)[0]) if trunk else 0
+    return [*(jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)), last]
+
+
+def of_text(config: ModelConfig) -> ModelConfig:
+    """The config that a text is written with: a CPU writes bfloat16's in float32.
+
+    That is six times as fast (docs/performance.md).
+    """
+    is_slow = config.dtype == "bfloat16" and jax.default_backend() == "cpu"
+    return dataclasses.replace(config, dtype="float32") if is_slow else config
 
 
 def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
-    """`unstack`ed, and the config to go on with: a CPU is six times as fast in float32."""
-    if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
-        config = dataclasses.replace(config, dtype="float32")
+    """`unstack`ed parameters, and the config to go on with."""
+    config = of_text(config)
     return jax.jit(unstack, static_argnames="config")(params, config=config), config
 
 
@@ -89,9 +101,9 @@ def extend(
 ) -> tuple[jax.Array, list]:
     """Features x_BxTxD of T more tokens of each row, the first of them at position start_B.
 
-    Each block's cache holds the keys and values [B, H, L, K] of the positions before them, and is
-    returned with theirs added; [{}] * n_layers before the first tokens. The numbers are those of
-    one forward pass over all tokens.
+    Each block's cache holds the keys [B, H, K, L] and values [B, H, L, K] of the positions before
+    them, and is returned with theirs added; [{}] * n_layers before the first tokens. The numbers
+    are those of one forward pass over all tokens.
     """
     positions_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
     x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][positions_BxT]).astype(config.dtype)
@@ -128,7 +140,7 @@ def draw(key: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> jax.Array
     if sampling.greedy:
         return logits_BxV.argmax(axis=1).astype(jnp.int32)
     # Gumbel's trick: the largest of z_i - log(e_i), each e_i ~ Exp(1), is token i with probability
-    # p_i. Padded, and by top_k: argmax on a CPU draws one number after the other.
+    # p_i. Padded, and by top_k: XLA on a CPU would draw the noise in argmax's loop, one by one.
     padding = (0, 0), (0, -logits_BxV.shape[1] % 64)
     z_BxW = jnp.pad(allowed_logits(logits_BxV, sampling), padding, constant_values=-jnp.inf)
     uniform_BxW = (random_bits(key, z_BxW.shape).astype(jnp.float32) + 0.5) * 2.0**-32
@@ -167,9 +179,10 @@ def decode(
     config: ModelConfig,
     sampling: Sampling,
 ) -> tuple[jax.Array, list]:
-    """The n tokens_BxC that follow `token_B`, which stands at `position_B`, and the longer cache.
+    """The n tokens that follow `token_B`, which stands at `position_B`, and the longer cache.
 
-    They are the tokens `first`, `first + 1`, ... of the text: their draws' keys are folded by that.
+    The first n columns of tokens_BxC, C = AT_ONCE. They are the tokens `first`, `first + 1`, ... of
+    the text: their draws' keys are folded by that.
     """
 
     def one(i: jax.Array, carry: tuple) -> tuple:
@@ -338,7 +351,7 @@ def encode_prompt(text: str, encoding: tiktoken.Encoding, config: TrainConfig) -
 
 
 def write_one(tokens: Iterator[np.ndarray], prompt: str, encoding: tiktoken.Encoding) -> None:
-    """The prompt's text on the terminal, token by token as it comes."""
+    """The prompt's text on the terminal, and the tokens as they come, `AT_ONCE` at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take many tokens
     print(prompt, end="", flush=True)
     for token_B in tokens:

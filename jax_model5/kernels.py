@@ -27,7 +27,7 @@ def at_least_float32(dtype: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum(axes, a, b)`, each axis in two of the three, with a backward pass of two more.
+    """`jnp.einsum(axes, a, b)` of one dtype, each axis in two of the three; backward, two more.
 
     Of bfloat16 each is added up in float32 and rounded once. JAX's own backward pass transposes,
     and XLA on a CPU then writes the transposed array to memory.
@@ -36,7 +36,7 @@ def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    wide = at_least_float32(a.dtype) if _is_float32_fast() else a.dtype
+    wide = at_least_float32(a.dtype) if sharding.is_cpu() and _is_float32_fast() else a.dtype
     return jnp.einsum(axes, a, b, preferred_element_type=wide).astype(a.dtype)
 
 
@@ -57,8 +57,8 @@ product.defvjp(_product_forward, _product_backward)
 def _is_float32_fast() -> bool:
     """Whether XLA's bfloat16 products are faster on this CPU with a float32 result, cast after it.
 
-    Twice on an AMD with AVX-512's bfloat16 instructions, two thirds on an Intel with them; on both
-    it rounds once either way. docs/performance.md has the figures.
+    Twice as fast on an AMD with AVX-512's bfloat16 instructions, two thirds as fast on an Intel
+    with them (docs/performance.md). Both forms round once.
     """
     try:
         cpu = Path("/proc/cpuinfo").read_text()

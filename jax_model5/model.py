@@ -189,20 +189,18 @@ class Attention(nn.Module):
     def _cached(self, name: str, new_BxHxTxK: jax.Array, start_B: jax.Array) -> jax.Array:
         """The window's keys or values [B, H, L, K] so far, the new ones written at start_B.
 
-        Keys lie transposed, as the scores' product reads them.
+        Keys are kept transposed, as the scores' product reads them. A selection: XLA on a CPU
+        copies the cache to scatter into it.
         """
-        lie = (lambda x: x.swapaxes(2, 3)) if name == "k" else (lambda x: x)
         B, H, T, K = new_BxHxTxK.shape
-        L = self.config.seq_len
-        cache = self.variable(
-            "cache", name, lambda: lie(jnp.zeros((B, H, L, K), new_BxHxTxK.dtype))
-        )
-        index_BxL = jnp.arange(L) - start_B[:, None]
-        is_new_BxL = (index_BxL >= 0) & (index_BxL < T)
-        index_BxL = index_BxL.clip(0, T - 1)
-        new_BxHxLxK = jnp.take_along_axis(new_BxHxTxK, index_BxL[:, None, :, None], axis=2)
-        kept_BxHxLxK = jnp.where(is_new_BxL[:, None, :, None], new_BxHxLxK, lie(cache.value))
-        cache.value = lie(kept_BxHxLxK)
+        L, axes = self.config.seq_len, (0, 1, 3, 2) if name == "k" else (0, 1, 2, 3)
+        empty = jnp.zeros((B, H, L, K), new_BxHxTxK.dtype).transpose(axes)
+        cache = self.variable("cache", name, lambda: empty)
+        index_Bx1xLx1 = (jnp.arange(L) - start_B[:, None])[:, None, :, None]
+        new_BxHxLxK = jnp.take_along_axis(new_BxHxTxK, index_Bx1xLx1, axis=2, mode="clip")
+        is_new_Bx1xLx1 = (index_Bx1xLx1 >= 0) & (index_Bx1xLx1 < T)
+        kept_BxHxLxK = jnp.where(is_new_Bx1xLx1, new_BxHxLxK, cache.value.transpose(axes))
+        cache.value = kept_BxHxLxK.transpose(axes)
         return kept_BxHxLxK
 
 

@@ -84,6 +84,12 @@ def is_gpu() -> bool:
     return device is not None and device.platform in ("gpu", "cuda", "rocm")
 
 
+def is_cpu() -> bool:
+    """Whether the mesh that is set is one of CPUs, or none is set. Starts no device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or device.platform == "cpu"
+
+
 def row_major(x: jax.Array) -> jax.Array:
     """`x` as it lies in memory; XLA would make the batch its fastest axis on a GPU.
 

@@ -89,8 +89,8 @@ def train_step(
 
 
 def _norm(tree: dict) -> jax.Array:
-    """Behind a barrier: else XLA on a CPU shares the squares with the update, in memory."""
-    return optax.tree.norm(jax.lax.optimization_barrier(tree))
+    """XLA on a CPU would share the squares with the update, in memory, but for a barrier."""
+    return optax.tree.norm(jax.lax.optimization_barrier(tree) if sharding.is_cpu() else tree)
 
 
 def loss_and_gradients(

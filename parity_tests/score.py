@@ -175,7 +175,10 @@ _FIRST = {
     "optimizer|schedule": ("optimizer", "step"),
     "eval_step": ("train and eval mode",),
     r"step\.py": ("gradients", "step"),
-    ":Dropout|threefry|keep_mask|threshold": ("operations, dropout on", "dropout by chance"),
+    ":Dropout|threefry|keep_mask|_bits|threshold": (
+        "operations, dropout on",
+        "dropout by chance",
+    ),
 }
 
 

@@ -241,6 +241,7 @@ def test_a_program_that_died_between_turns_is_told():
         ("course", {"gelu": "tanh", "tied_head": False}),
         ("flax", {}),
         ("flax", {"gelu": "tanh", "scale_logits": False, "n_layers": 1}),
+        ("flax", {"dtype": "bfloat16"}),
     ],
 )
 def test_peers_need_the_same_weights_to_compare_losses(peer, variant, tmp_path, text_file):
@@ -249,19 +250,20 @@ def test_peers_need_the_same_weights_to_compare_losses(peer, variant, tmp_path, 
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     weights = str(tmp_path / "weights.npz")
-    ours = peers.ours(config, "float32", tmp_path)
-    theirs = getattr(peers, peer)(config, "float32", tmp_path)
+    dtype = config.model.dtype
+    ours = peers.ours(config, dtype, tmp_path)
+    theirs = getattr(peers, peer)(config, dtype, tmp_path)
     with peers.ended([ours, theirs]):
         losses = {"jax": ours.ask("loss", weights)["loss"]}
         losses["peer"] = theirs.ask("loss", weights)["loss"]
-        rounds.require_equal_losses(losses, "float32")
+        rounds.require_equal_losses(losses, dtype)
         assert theirs.ask("step", 2)["seconds"][0] > 0 < theirs.ask("eval", 1)["seconds"][0]
         leaves = dict(np.load(weights))
         leaves[f"blocks.{config.model.n_layers - 1}.ln_1.bias"] += 1.0
         np.savez(weights, **leaves)
         losses["peer"] = theirs.ask("loss", weights)["loss"]
     with pytest.raises(UserError, match="do not do the same work"):
-        rounds.require_equal_losses(losses, "float32")
+        rounds.require_equal_losses(losses, dtype)
 
 
 @pytest.mark.slow

@@ -100,18 +100,31 @@ def test_matrices_are_cast_once_and_for_all_tokens():
     assert cached_error(config=low, shift=-1) > 0.5
 
 
-def test_a_cpu_writes_the_text_of_a_bfloat16_model_in_float32():
-    """Its products of one row are ten times as slow in bfloat16."""
+def test_a_cpu_writes_the_text_of_a_bfloat16_model_in_float32(monkeypatch):
     low = dataclasses.replace(MODEL, dtype="bfloat16")
+    assert generate.prepared(params_of(), low)[1].dtype == "float32"
     assert np.array_equal(sample(PROMPTS, 12, GREEDY, config=low), sample(PROMPTS, 12, GREEDY))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    unstacked, config = generate.prepared(params_of(), low)
+    assert config.dtype == unstacked["head"].dtype == "bfloat16"
 
 
 def test_a_text_is_the_same_token_by_token_and_many_at_once(monkeypatch):
-    many = sample(PROMPTS, 20, Sampling(0.8))
-    monkeypatch.setattr(generate, "AT_ONCE", 1)
+    """Ten tokens in a window of 16 after a prompt of 3: a full call, one of a rest of two."""
+    texts = []
+    for at_once in (generate.AT_ONCE, 1):
+        monkeypatch.setattr(generate, "AT_ONCE", at_once)
+        generate.decode.clear_cache()
+        texts.append([sample(PROMPTS[:n], 11, Sampling(0.8)) for n in (1, 2)])
     generate.decode.clear_cache()
-    assert np.array_equal(many, sample(PROMPTS, 20, Sampling(0.8)))
-    generate.decode.clear_cache()
+    for many, one_by_one in zip(*texts, strict=True):
+        assert np.array_equal(many, one_by_one)
+
+
+def test_a_text_is_drawn_with_rbg_too():
+    key = jax.random.key(0, impl="rbg")
+    draws = generate.draw(key, jnp.zeros((4000, 7)), Sampling())
+    assert np.abs(np.bincount(draws, minlength=7) / 4000 - 1 / 7).max() < 0.03  # 5 deviations
 
 
 @pytest.mark.usefixtures("float64")

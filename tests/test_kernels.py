@@ -99,6 +99,23 @@ def test_a_product_of_bfloat16_is_rounded_once(axes, is_fast, monkeypatch):
     assert last_places(twice, exact) > 0.5, "a second rounding was not seen"
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "is_fast"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t: avx512f avx512_bf16\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t: avx2 avx512f\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t: avx512f avx512_bf16\n", False),
+        (None, False),  # no such file
+    ],
+)
+def test_the_form_of_a_product_is_the_cpus(cpuinfo, is_fast, tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    if cpuinfo:
+        path.write_text(cpuinfo)
+    monkeypatch.setattr(kernels, "Path", lambda name: path)
+    assert kernels._is_float32_fast.__wrapped__() == is_fast
+
+
 def test_logits_of_bfloat16_features_are_kept_in_float32():
     """Accumulated there too: a cast after a bfloat16 product would keep 8 bits only."""
     x_BxNxD, table_VxD = normal(0, 3, 5, 64).astype(jnp.bfloat16), normal(1, 7, 64)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from jax_model5.batches import test_batches, train_batch
 from jax_model5.config import TrainConfig, parse
-from jax_model5.corpus import load_corpus
-from jax_model5.errors import UserError, one_line_errors
+from jax_model5.corpus import Corpus, load_corpus
+from jax_model5.errors import UserError, one_line_errors, require
 from torch_ref.generate import generate
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
@@ -115,6 +115,8 @@ def transformers_text(config: TrainConfig, prompt_1xT: torch.Tensor) -> Callable
         n_embd=c.d_model,
         n_layer=c.n_layers,
         n_head=c.n_heads,
+        activation_function={"erf": "gelu", "tanh": "gelu_pytorch_tanh"}[c.gelu],
+        tie_word_embeddings=c.tied_head,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
@@ -132,7 +134,7 @@ def course_step(model: Model5, config: TrainConfig) -> Callable:
     return lambda windows: train_step(model, optimizer, scheduler, windows, config)["loss"]
 
 
-def trained(variant: str, config: TrainConfig, device: str) -> tuple[Model5, Callable]:
+def trained(variant: str, config: TrainConfig, device: torch.device) -> tuple[Model5, Callable]:
     """The model, and its step: windows [B, L + 1] -> loss."""
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     if variant == "course":
@@ -155,10 +157,25 @@ def main() -> None:
     torch.manual_seed(config.seed)
     prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
     if variant == "transformers":
-        versions = {name: importlib.metadata.version(name) for name in ("torch", variant)}
-        text = transformers_text(config, prompt_1xT)
-        serve({"versions": versions}, None, {"generate": text}, None)
-        return
+        serve_transformers(config, prompt_1xT)
+    else:
+        serve_trained(variant, config, corpus, prompt_1xT)
+
+
+def serve_transformers(config: TrainConfig, prompt_1xT: torch.Tensor) -> None:
+    L, n = config.model.seq_len, PROMPT_TOKENS + NEW_TOKENS
+    with one_line_errors():
+        fix = f"GPT-2 of transformers writes {n} tokens into one window"
+        require(n <= L, "model.seq_len", L, fix)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    text = transformers_text(config, prompt_1xT)
+    serve({"versions": versions}, None, {"generate": text}, None)
+
+
+def serve_trained(
+    variant: str, config: TrainConfig, corpus: Corpus, prompt_1xT: torch.Tensor
+) -> None:
+    device = prompt_1xT.device
     model, train = trained(variant, config, device)
     step = 0
 

@@ -82,8 +82,9 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     what, allowed = ("a text", [*TEXT_PEERS]) if options.generate else ("a step", [*STEP_PEERS])
     for peer in options.peer:
         require(peer in allowed, "peer", peer, f"{what} has the peers {', '.join(allowed)}")
-    if set(options.peer) - {"flax"}:
-        require_torch("peer", options.peer[0])
+    for peer in options.peer:
+        if peer != "flax":
+            require_torch("peer", peer)
     return options
 
 

@@ -3,6 +3,7 @@
 `python -m jax_model5.bench.flax_peer [--config FILE]` speaks the protocol of measure.py.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -19,6 +20,7 @@ from jax_model5.bench.measure import program_bytes, serve, timed
 from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import one_line_errors, require
+from jax_model5.generate import blocks_of
 from jax_model5.losses import n_last
 from jax_model5.optimizer import optimizer
 from jax_model5.startup import memory_errors, set_up_jax
@@ -86,9 +88,7 @@ def mean_nll(params: Any, windows: jax.Array, key: Any = None, *, config: TrainC
 
 def params_of(ours: dict) -> dict:
     """Our parameters by this model's names."""
-    trunk, blocks = ours.get("trunk", {}), [ours["last_block"]]
-    depth = len(jax.tree.leaves(trunk)[0]) if trunk else 0
-    blocks = [*(jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)), *blocks]
+    blocks = blocks_of(ours.get("trunk", {}), ours["last_block"])
     params = {name: {"embedding": ours[name]} for name in ("wte", "wpe")}
     params["ln_f"] = ours["ln_f"]
     for i, block in enumerate(blocks):
@@ -124,7 +124,8 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
         "program_bytes": program_bytes(compiled),
         "device": jax.devices()[0].device_kind,
     }
-    test = functools.partial(jax.jit(mean_nll, static_argnames="config"), config=config)
+    nll_of = jax.jit(mean_nll, static_argnames="config")
+    all_tokens = dataclasses.replace(config, objective="all_tokens")  # which a test measures, too
 
     def call(batches: list[np.ndarray]) -> Any:
         nonlocal params, state, n_done
@@ -140,16 +141,28 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
     def loss_at(path: str) -> float:
         with np.load(path) as named:
             ours = from_layout(lambda name: named[name], config.model, "torch_ref")
-        return float(test(params_of(ours), first))
+        return float(nll_of(params_of(ours), first, config=config))
+
+    def test() -> float:
+        return timed(lambda: nll_of(params, tested, config=all_tokens))
 
     run_steps(1)
-    serve(about, run_steps, {"eval": lambda: timed(lambda: test(params, tested))}, loss_at)
+    serve(about, run_steps, {"eval": test}, loss_at)
+
+
+def require_plain(config: TrainConfig) -> None:
+    """Raises UserError where the config asks for what this peer has not."""
+    c, fix = config, "leave out --peer flax"
+    require(c.model.tied_head, "model.tied_head", False, fix)
+    require(c.accumulate == 1, "accumulate", c.accumulate, fix)
+    require(not c.init_from, "init_from", c.init_from, fix)
+    require(not c.optimizer.freeze, "optimizer.freeze", c.optimizer.freeze, fix)
 
 
 def main() -> None:
     with one_line_errors():
         config = parse(sys.argv[1:], "jax_model5.bench.flax_peer")
-        require(config.model.tied_head, "model.tied_head", False, "this peer's head is tied")
+        require_plain(config)
         set_up_jax(config)
         with memory_errors(config):
             run(config, load_corpus(config))

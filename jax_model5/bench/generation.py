@@ -24,7 +24,7 @@ def measure_generation(
     dtype = config.model.dtype
     programs = [ours(config, dtype, scratch)]
     with ended(programs):
-        for peer in peers:
+        for peer in dict.fromkeys(peers):
             require_one_device(programs[0])
             programs.append(TEXT_PEERS[peer](config, dtype, scratch))
         requests = {p.name: {"generate": 1} for p in programs}
@@ -33,6 +33,7 @@ def measure_generation(
     rows = [_row(name, times[name]["generate"]) for name in times]
     first = rows[0]
     read_s = statistics.median(itertools.chain.from_iterable(times[first["name"]]["read"]))
+    first["text_dtype"] = programs[0].about["text_dtype"]
     first["of_bound"] = first["tokens_per_s"] * read_s
     return programs, {
         "generated_tokens": NEW_TOKENS,

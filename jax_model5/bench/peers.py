@@ -30,9 +30,9 @@ def course(config: TrainConfig, dtype: str, scratch: Path) -> Program:
 def flax(config: TrainConfig, dtype: str, scratch: Path) -> Program:
     """Flax as its users write it."""
     path = _config_file(with_model(config, dtype=dtype), scratch)
-    return Program(
-        f"flax {dtype}", [sys.executable, "-m", "jax_model5.bench.flax_peer", "--config", path], {}
-    )
+    command = [sys.executable, "-m", "jax_model5.bench.flax_peer", "--config", path]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(scratch / f"xla_flax_{dtype}")}
+    return Program(f"flax {dtype}", command, cache)
 
 
 def transformers(config: TrainConfig, dtype: str, scratch: Path) -> Program:

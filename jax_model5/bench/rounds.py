@@ -121,7 +121,7 @@ def fraction(achieved: float, peak: float, of: str) -> float:
 def require_one_device(program: Program) -> None:
     """Raises UserError where our program uses more devices than a peer would."""
     if program.about["n_devices"] > 1:
-        raise UserError("peer: PyTorch's side uses one device; show JAX one as well")
+        raise UserError("peer: a peer uses one device; show our program one as well")
 
 
 def require_equal_losses(losses: Mapping[str, float], dtype: str) -> None:
