@@ -277,8 +277,9 @@ def position_losses(config: TrainConfig) -> Comparisons:
         return torch_ref.loss.loss(logits_BxLxV[rows, : t + 1], targets_BxL[rows, : t + 1], 1)
 
     expected_BxL = np.array([[of_one(b, t) for t in range(L)] for b in range(B)])
-    # Chunks of two positions with a rest; and of one, whose rows are too many.
-    for rows, n in ((3, 1), (3, min(5, L)), (3, L), (B, L)):
+    # Each half of the attention one query; chunks of two positions with a rest; and of one, whose
+    # rows are too many.
+    for rows, n in ((3, 1), (3, 2), (3, min(5, L)), (3, L), (B, L)):
         ours = _position_losses(pair.params, windows[:rows], config=config, n_last=n)
         yield f"losses of the last {n} of {rows} rows", ours, expected_BxL[:rows, -n:]
 
