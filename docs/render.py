@@ -240,10 +240,11 @@ def generation(name: str) -> str:
             p["name"],
             f"{p['seconds']['median']:.3g} s [{p['seconds']['q1']:.3g}, {p['seconds']['q3']:.3g}]",
             f"{p['tokens_per_s']:.1f}",
+            f"{p['of_bound']:.0%}" if "of_bound" in p else "–",
         ]
         for p in read(f"benchmarks/{name}.json")["programs"]
     ]
-    return markdown(["program", "a text [quartiles]", "tokens/s"], rows)
+    return markdown(["program", "a text [quartiles]", "tokens/s", "of the bound"], rows)
 
 
 def sweep(name: str) -> str:
