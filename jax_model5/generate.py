@@ -91,7 +91,7 @@ def of_text(config: ModelConfig) -> ModelConfig:
 
 
 def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
-    """`unstack`ed parameters, and the config to go on with."""
+    """What `unstack` makes of the parameters, and the config to go on with."""
     config = of_text(config)
     return jax.jit(unstack, static_argnames="config")(params, config=config), config
 
