@@ -3,10 +3,13 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 
+from jax_model5 import step, trees
 from jax_model5.bench import __main__ as bench
 from jax_model5.bench import cases, measure, peers, rounds
 from jax_model5.config import TrainConfig, to_yaml
@@ -259,11 +262,24 @@ def test_peers_need_the_same_weights_to_compare_losses(peer, variant, tmp_path, 
         rounds.require_equal_losses(losses, dtype)
         assert theirs.ask("step", 2)["seconds"][0] > 0 < theirs.ask("eval", 1)["seconds"][0]
         leaves = dict(np.load(weights))
-        leaves["ln_f.bias"] += 10.0
+        last = f"blocks.{config.model.n_layers - 1}.ln_1.bias"
+        wrong, by = {"float32": (last, 1.0), "bfloat16": ("ln_f.bias", 10.0)}[dtype]
+        leaves[wrong] += by
         np.savez(weights, **leaves)
         losses["peer"] = theirs.ask("loss", weights)["loss"]
     with pytest.raises(UserError, match="do not do the same work"):
         rounds.require_equal_losses(losses, dtype)
+
+
+def test_the_bound_of_a_text_reads_what_each_token_reads(monkeypatch):
+    """Of the embeddings a token reads one row; the head is there once, tied or not."""
+    config = with_model(TrainConfig(), vocab_size=61, seq_len=8, d_model=16, n_heads=2, n_layers=3)
+    params = step.init_state(jax.random.key(0), config=config).params
+    read = []
+    monkeypatch.setattr(measure, "_sum", lambda tree: read.append(tree) or jnp.zeros(()))
+    assert measure.read_weights(params, config) > 0
+    embeddings = params["wpe"].nbytes  # wte, tied, is the head
+    assert trees.n_bytes(read[0]) == trees.n_bytes(params) - embeddings
 
 
 @pytest.mark.slow

@@ -59,9 +59,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
     peers = "time another too: PyTorch as the course writes it, the fastest we know, plain Flax"
     peers += ", of a text also transformers; repeat it for more"
-    parser.add_argument(
-        "--peer", action="append", default=[], choices={*STEP_PEERS, *TEXT_PEERS}, help=peers
-    )
+    names = [*dict.fromkeys((*STEP_PEERS, *TEXT_PEERS))]
+    parser.add_argument("--peer", action="append", default=[], choices=names, help=peers)
     text = "time the writing of a text of 200 tokens instead"
     parser.add_argument("--generate", action="store_true", help=text)
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
@@ -166,8 +165,9 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             note(f"{programs[-1].name}: first step done")
-        if "flax" in options.peer:
-            programs += [flax(config, dtype, scratch) for dtype in dtypes]
+        for dtype in dtypes if "flax" in options.peer else ():
+            programs.append(flax(config, dtype, scratch))
+            note(f"{programs[-1].name}: first step done")
         if "tuned" in options.peer:
             programs += [tuned(config, dtype, options.steps, scratch) for dtype in dtypes]
         requests = {p.name: {"step": options.steps} for p in programs}
