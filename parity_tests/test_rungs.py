@@ -21,6 +21,7 @@ from tests.tiny import ROOT
 _attention, _dropout, _in_chunks = F.scaled_dot_product_attention, F.dropout, losses._in_chunks
 _threefry = kernels.threefry2x32
 _keep_mask, _nn_normal = model.keep_mask, torch.nn.init.normal_
+_causal = model.causal_attention
 _masked, _make_scheduler = model.masked_attention, torch_ref.step.make_scheduler
 DROPOUT, INITS = "9 dropout, by chance", "9 initial weights, by chance"
 STEP, MODES, LOW = "7 trajectory, dropout", "8 train/eval", "8 bfloat16"
@@ -54,6 +55,11 @@ def last_first(*args):
     return _in_chunks(*args)[:, ::-1]
 
 
+def two_swapped(q, k, v, drop):
+    y_BxHxNxK = _causal(q, k, v, drop)
+    return y_BxHxNxK[:, :, ::-1] if y_BxHxNxK.shape[2] == 2 else y_BxHxNxK
+
+
 # rung, what it names, target, name, value
 FAULTS = [
     (DROPOUT, "PyTorch, blocks.0.attn.attend: share",
@@ -69,6 +75,7 @@ FAULTS = [
     (INITS, "PyTorch, init course: last_block/attn/qkv/kernel: standard", torch.nn.init, "normal_",
      lambda weight, mean=0.0, std=1.0: _nn_normal(weight, mean, 1.1 * std)),
     ("4 losses by position", "losses of the last 5", losses, "_in_chunks", last_first),
+    ("4 losses by position", "losses of the last 2", model, "causal_attention", two_swapped),
     ("3 logits", "KV cache", model, "masked_attention", sees_all),
     (LOW, "softmax in bfloat16", kernels, "at_least_float32", lambda dtype: dtype),
     (LOW, "product mi,io->mo in bfloat16", kernels, "_product",
