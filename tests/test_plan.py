@@ -116,6 +116,27 @@ def test_a_text_is_read_as_it_was_written():
     assert hlo.received(executed["sum"][0], 8) == 2 * 8 * 64 * 4 / 2
 
 
+STARTED = """
+ENTRY %main (a: f32[32], b: f32[8,4]) -> f32[32] {
+  %a = f32[32]{0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  %g = (f32[32]{0}, f32[128]{0}) all-gather-start(%a), replica_groups={{0,1,2,3}}
+  %s = ((f32[8,4]{1,0}, f32[32]{0}), (f32[2,4]{1,0}, f32[8]{0})) reduce-scatter-start(%b, %a), \
+replica_groups={{0,1,2,3}}, calls=%async
+  %p = (f32[32]{0}, f32[32]{0}, u32[], u32[]) collective-permute-start(%a), pairs={{0,1}}
+  ROOT %r = f32[32]{0} all-reduce-start(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_a_collective_that_starts_moves_its_results_and_not_its_operands():
+    moved = {i.name: hlo.received(i, 4) for i, _ in hlo.Program(STARTED).executed()}
+    assert moved["g"] == 128 * 4 * 3 / 4
+    assert moved["s"] == (8 + 8) * 4 * 3
+    assert moved["p"] == 32 * 4
+    assert moved["r"] == 2 * 32 * 4 * 3 / 4
+
+
 def test_the_floor_is_the_slowest_of_three():
     chips = parse_chips("h100:8")
     found = {"flops_by_dtype": {"bf16": 989.4e12}, "traffic_bytes": 3350e9 / 2, "network_s": 0.25}

@@ -187,13 +187,21 @@ def is_product(instruction: Instruction) -> bool:
 
 def received(instruction: Instruction, n_devices: int) -> float:
     """Bytes that a collective brings each device over the network, done as a ring."""
-    kind, size = instruction.opcode.removesuffix("-start"), instruction.bytes
+    kind, size = instruction.opcode.removesuffix("-start"), _bytes_of_result(instruction)
     n = group_size(instruction) or n_devices
     if kind == "all-reduce":
         return 2 * size * (n - 1) / n
     if kind == "reduce-scatter":
         return size * (n - 1)
     return size * (n - 1) / n if kind != "collective-permute" else size
+
+
+def _bytes_of_result(collective: Instruction) -> int:
+    """One that only starts names its operands before its results; a sum's start has results only."""
+    n, arrays = len(collective.operands), collective.arrays
+    if collective.opcode.endswith("-start") and not collective.opcode.startswith("all-reduce"):
+        arrays = arrays[n : 2 * n]
+    return sum(array.bytes for array in arrays)
 
 
 def group_size(instruction: Instruction) -> int:
