@@ -117,7 +117,8 @@ class Linear(nn.Module):
         c, fan_in = self.config, x.shape[-1]
         kernel = parameter(self, "kernel", kernel_init(c), (fan_in, self.n_features), c.dtype)
         bias = parameter(self, "bias", bias_init(c, fan_in), (self.n_features,), c.dtype)
-        return matmul(x, kernel) + bias
+        # Remat keeps a product without its bias: to add it again costs no pass over memory.
+        return checkpoint_name(matmul(x, kernel), f"{self.name}") + bias
 
 
 class LayerNorm(nn.Module):
@@ -254,7 +255,6 @@ class Block(nn.Module):
         x_BxNxD = checkpoint_name(x_BxLxD[:, -n_last:] + h_BxNxD, "residual")
 
         h_BxNxF = Linear(c, F, name="fc")(LayerNorm(c, name="ln_2")(x_BxNxD))
-        h_BxNxF = checkpoint_name(h_BxNxF, "fc")
         h_BxNxF = gelu(h_BxNxF, approximate=c.gelu == "tanh")
         h_BxNxD = Linear(c, D, name="out")(h_BxNxF)
         h_BxNxD = Dropout(c.dropout_at("mlp"), name="mlp_drop")(
@@ -280,8 +280,10 @@ def run_block(config: ModelConfig, n_last: int, *, deterministic: bool) -> Calla
 
     if config.remat == "none":
         return run
-    # A GPU's trunk is no loop, and without a barrier XLA would keep what is to be computed again.
-    return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=sharding.is_gpu())
+    # A GPU's trunk is no loop, and without barriers XLA would keep what is to be computed again.
+    # Around parameters they would make copies of each layer's.
+    barriers: Any = (False, True, True, True)  # parameters, keys, x, None
+    return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=sharding.is_gpu() and barriers)
 
 
 # ---- the model ----------------------------------------------------------------------------------

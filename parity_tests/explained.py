@@ -86,6 +86,7 @@ EXPLAINED = [
     ("jax_model5/model.py:Attention._cached", "swapped: , mode", "those outside are not selected"),
     ("*:at_least_float32", "swapped: *promote_types", "the same in either order"),
     ("jax_model5/model.py:run_block", "swapped: , prevent_cse", _MEMORY),
+    ("jax_model5/model.py:run_block", "barriers", _MEMORY),
     ("jax_model5/model.py:run_block", "swapped: , policy", _MEMORY),
     ("jax_model5/model.py:run_block", "call left out: nn . remat", _MEMORY),
     ("jax_model5/model.py:run_block", "branch forced: * -> True", _MEMORY),

@@ -302,6 +302,8 @@ def test_a_sweep_goes_from_one_chip_to_those(name, names):
     assert [p["chips"] for p in found] == names
     n = found[-1]["n_chips"]
     assert report.efficiency(found)[-1] == pytest.approx(n**-0.5)
+    found[0]["fits"] = False  # what does not fit is no measure of what does
+    assert report.efficiency(found)[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def received(instruction: Instruction, n_devices: int) -> float:
 
 
 def _bytes_of_result(collective: Instruction) -> int:
-    """One that only starts names its operands before its results; a sum's start has results only."""
+    """One that only starts names its operands before its results, but for the start of a sum."""
     n, arrays = len(collective.operands), collective.arrays
     if collective.opcode.endswith("-start") and not collective.opcode.startswith("all-reduce"):
         arrays = arrays[n : 2 * n]

@@ -1,5 +1,6 @@
 """Plans as a table, and as a picture of what each step's time goes to."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,23 +77,25 @@ def plot_sweep(plans: Sequence[dict[str, Any]], path: Path) -> None:
     figure, (times, shares) = pyplot.subplots(1, 2, figsize=(10, 4.5))
     chips = [plan["n_chips"] for plan in plans]
     for part in PARTS:
-        times.plot(chips, [p["floor"][f"{part}_s"] * 1e3 for p in plans], marker="o", label=part)
-    for label, values in (("efficiency", efficiency(plans)), ("network", network_share(plans))):
-        shares.plot(chips, values, marker="o", label=label)
+        ms = [p["floor"][f"{part}_s"] * 1e3 or math.nan for p in plans]  # no 0 on a log scale
+        times.plot(chips, ms, marker="o", label=part)
+    shares.plot(chips, efficiency(plans), marker="o", label="tokens/s of a chip")
+    shares.plot(chips, network_share(plans), marker="o", label="network's time")
     times.set_yscale("log")
     times.set_ylabel("floor of a step [ms]")
-    shares.set_ylabel("tokens/s of a chip, of one chip's; network's time, of the floor")
+    shares.set_ylabel("of the first's that fits; of the floor")
     for axes in (times, shares):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("chips")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     _save(figure, path)
 
 
 def efficiency(plans: Sequence[dict[str, Any]]) -> list[float]:
-    """Tokens a second of a chip at the floor, of those of the first plan's."""
+    """Tokens a second of a chip at the floor, of those of the first plan's that fits."""
     rates = [plan["floor"]["tokens_per_s"] / plan["n_chips"] for plan in plans]
-    return [rate / rates[0] for rate in rates]
+    first = next((r for r, p in zip(rates, plans, strict=True) if p.get("fits", True)), rates[0])
+    return [rate / first for rate in rates]
 
 
 def network_share(plans: Sequence[dict[str, Any]]) -> list[float]:
