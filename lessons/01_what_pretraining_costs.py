@@ -13,6 +13,9 @@ come within a few percent of what was published for the large models. At GPT-2 s
 not: what was published is 6 FLOPs for each parameter and token, without attention, a fifth here.
 
 Six seconds on two CPU cores at either size, for nothing is trained; no GPU needed.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

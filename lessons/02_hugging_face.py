@@ -12,6 +12,9 @@ folded into the weights of the last layer norm, and the logits stay.
 
 Needs no network: the weights are random, all of them (a fresh GPT-2 has biases of 0, and a bias in
 the wrong place would not be seen). Half a minute on two CPU cores; no GPU needed.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

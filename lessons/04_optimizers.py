@@ -15,6 +15,9 @@ and it passes through the adaptive denominators, so that it is strong where grad
 weak where they are large. A gradient that is never zeroed is momentum without friction.
 
 Ten seconds on two CPU cores; no GPU needed.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

@@ -16,6 +16,9 @@ Three minutes on two CPU cores; on a GPU not measured. GPT-2's weights are not h
 a network, `python -m jax_model5.huggingface import gpt2 --out runs/gpt2` fetches them; the rows
 `vocabulary` of their `wte` then take the place of `learnt_VxD`, at width 768. Here it is 128, and
 the table comes of counts in the later part of the text, which Model 1 never sees.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

@@ -15,6 +15,9 @@ answers every token with itself. Its loss starts far above ln V = 10.82.
 Five and a half minutes of processor time, which two CPU cores share; on a GPU not measured. Offline
 the text is what Python ships, and the figures are others; the course's is Project Gutenberg's book
 829, given by `--data.source`.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

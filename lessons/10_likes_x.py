@@ -14,6 +14,9 @@ it nothing. It does where the head has a table of its own, as the course's has o
 tied head, which is the library's default, it may not.
 
 Ten minutes of processor time, which two CPU cores share; on a GPU not measured.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

@@ -15,6 +15,9 @@ it does for some queries, while others have a larger one. And Model 5 divides lo
 initial weights had made small already; unscaled, it learns faster at first.
 
 About 50 seconds on two CPU cores; no GPU needed, and none measured.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

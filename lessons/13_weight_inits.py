@@ -15,6 +15,9 @@ standard deviations, PyTorch's are not. The library draws its own from `variance
 learning rate a step, in whatever direction. Only then does the first block leave the others behind.
 
 About 4 minutes on two CPU cores; not measured on a GPU.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

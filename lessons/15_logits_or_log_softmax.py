@@ -14,6 +14,9 @@ the model, unless its logarithm is taken first: outputs between 0 and 1, divided
 good as equal logits.
 
 About 20 seconds on two CPU cores; no GPU needed, and none measured.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

@@ -18,6 +18,9 @@ The rows on FineWeb need some of it, which is public. With the package `datasets
 then `--data.source fineweb.json`, or `fineweb.json,book.txt` for both. Without it the lesson
 compares two texts that Python brings along: its documentation and the code of its library.
 Ten seconds on two CPU cores; no GPU needed.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

@@ -13,6 +13,9 @@ swings more, but a step costs a fraction. At what text, budget and size which of
 measured in docs/experiments/final_token.md; this lesson shows the pieces.
 
 Eight minutes on two CPU cores, nearly all of them the all-token runs; a GPU was not tried.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

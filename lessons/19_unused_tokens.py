@@ -18,6 +18,9 @@ Five minutes of processor time, which two CPU cores share; on a GPU not measured
 is what Python ships, and the figures are others; the course's is Project Gutenberg's book 829,
 given by `--data.source`. The course has no test part; here a tenth of the text is, and the counts
 are those of the rest.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

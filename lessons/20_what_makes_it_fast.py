@@ -16,6 +16,9 @@ A time on a shared machine means little alone. So all programs run in turn, in r
 drawn anew in each, and one of them is there twice: how far it is from itself is the noise.
 
 Three minutes on two quiet CPU cores; not measured on a GPU.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%

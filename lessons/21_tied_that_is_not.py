@@ -14,6 +14,9 @@ parameters on one piece of memory, which AdamW steps twice, and two tables once 
 No course tells this story; it is how this project met it.
 
 A minute on two busy CPU cores; no GPU needed: a change of dtype copies the weights as a move does.
+
+How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
+`docs/from_pytorch.md`.
 """
 
 # %%
