@@ -354,6 +354,8 @@ def compared(*names: str) -> str:
 TEXTS = {
     "Python's own reference": "final_vs_all_quick",
     "*Gulliver's Travels*": "final_vs_all_quick_book",
+    "its first 180 kB": "final_vs_all_quick_short",
+    "program code (`asyncio`)": "final_vs_all_quick_code",
     "FineWeb, wider model": "final_vs_all_fineweb",
     "*Gulliver's Travels*, wider model": "final_vs_all_book",
 }
