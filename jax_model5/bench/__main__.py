@@ -17,7 +17,7 @@ import jax
 from jax_model5 import record
 from jax_model5.bench import cases, measure, report
 from jax_model5.bench.generation import TEXT_PEERS, measure_generation
-from jax_model5.bench.peers import course, ended, flax, ours, tuned
+from jax_model5.bench.peers import course, ended, flax, of_python, ours, tuned, versions_of
 from jax_model5.bench.rounds import (
     Program,
     fraction,
@@ -61,6 +61,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     peers += ", of a text also transformers; repeat it for more"
     names = [*dict.fromkeys((*STEP_PEERS, *TEXT_PEERS))]
     parser.add_argument("--peer", action="append", default=[], choices=names, help=peers)
+    python = "also time our step under this Python, with the JAX that it has"
+    parser.add_argument("--python", metavar="PATH", help=python)
     text = "time the writing of a text of 200 tokens instead"
     parser.add_argument("--generate", action="store_true", help=text)
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
@@ -78,6 +80,10 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
     if options.generate and options.sweep:
         raise UserError("generate: leave out --sweep")
+    if options.python and (options.generate or options.sweep):
+        raise UserError(f"python={options.python!r}: of a step; leave out --generate and --sweep")
+    if options.python:
+        versions_of(options.python)
     what, allowed = ("a text", [*TEXT_PEERS]) if options.generate else ("a step", [*STEP_PEERS])
     for peer in options.peer:
         require(peer in allowed, "peer", peer, f"{what} has the peers {', '.join(allowed)}")
@@ -145,6 +151,7 @@ def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
     knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
     knobs += [f"sweep_{options.sweep}"] if options.sweep else []
     knobs += ["generate"] if options.generate else []
+    knobs += ["python"] if options.python else []
     return "_".join(knobs)
 
 
@@ -162,6 +169,9 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
             note(f"{programs[-1].name}: warm start, {programs[-1].first_step_s:.1f} s")
         if options.peer:
             require_one_device(programs[0])
+        for dtype in dtypes if options.python else ():
+            programs.append(of_python(options.python, config, dtype, scratch))
+            note(f"{programs[-1].name}: first step done")
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             note(f"{programs[-1].name}: first step done")
