@@ -72,7 +72,11 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help=steps)
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)
-    options = parser.parse_args(args)
+    return checked(parser.parse_args(args))
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    """Raises UserError where two of them do not go together, or one cannot be had."""
     require_at_least_1(options, "rounds", "steps")
     if options.sweep == "batch" and options.accumulate:
         raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
