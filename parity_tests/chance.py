@@ -9,14 +9,16 @@ import functools
 import math
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 import torch_ref.model
-from jax_model5 import kernels, step
+from jax_model5 import kernels, sharding, step
 from jax_model5.config import ModelConfig, TrainConfig
 from parity_tests import bridge
 
@@ -80,7 +82,8 @@ def _site(name: str) -> str:
 
 def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
     """The masks of a large batch: how many they drop; no two of them are the same."""
-    yield _exact("JAX, keep_mask: the bits of JAX's own Threefry", _is_threefry(config.dropout))
+    for prng, is_right in _generators(config.dropout):
+        yield _exact(f"JAX, keep_mask: the bits of JAX's own {prng}", is_right)
     seen = []
     for layer in range(config.n_layers):
         for site, mask in bridge.masks_of_block(masks, layer, config.n_layers).items():
@@ -98,17 +101,28 @@ def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
         yield _exact(f"JAX, {name}: a mask of its own, not that of {twins}", not twins)
 
 
-def _is_threefry(rate: float) -> bool:
-    """A mask is that of JAX's own Threefry on the counters (row, index in the row)."""
-    B, N = 3, 20
+def _generators(rate: float) -> Iterator[tuple[str, bool]]:
+    """Whether a mask has JAX's own bits: Threefry's on the counters (row, index in the row)."""
+    B, shape = 10, (4, 5)  # half of the rows are more than the first axis of one is long
     key = jax.random.fold_in(jax.random.key(7), 1)  # neither of its words is 0
-    counters = np.concatenate([np.repeat(np.arange(B), N), np.tile(np.arange(N), B)])
+    counters = np.concatenate([np.repeat(np.arange(B), 20), np.tile(np.arange(20), B)])
     words = jax.extend.random.threefry_2x32(jax.random.key_data(key), counters.astype(np.uint32))
-    bits = np.asarray(words)[: B * N].reshape(B, 4, 5)
-    return all(
-        np.array_equal(bits >= r * 2**32, kernels.keep_mask(key, r, bits.shape))
-        for r in (rate, 1 - rate)
-    )
+    yield "Threefry", _has_bits(key, np.asarray(words)[: B * 20].reshape(B, *shape), rate)
+    key = jax.random.key(7, impl="rbg")
+    yield "rbg", _has_bits(key, np.asarray(jax.random.bits(key, (B, *shape), "uint32")), rate)
+
+
+def _has_bits(key: jax.Array, bits_BxMxN: np.ndarray, rate: float) -> bool:
+    """The masks of the first and the last half of the rows, as two devices have them."""
+    B = len(bits_BxMxN) // 2
+    for first in (0, B):
+        row = mock.patch.object(sharding, "first_row", return_value=jnp.int32(first))
+        with row, mock.patch.object(sharding, "n_devices", return_value=2):
+            for r in (rate, 1 - rate):
+                bits = bits_BxMxN[first : first + B]
+                if not np.array_equal(bits >= r * 2**32, kernels.keep_mask(key, r, bits.shape)):
+                    return False
+    return True
 
 
 def _begin_alike(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,11 +12,13 @@ import contextlib
 import dataclasses
 import fnmatch
 import importlib
+import math
 import multiprocessing
 import os
 import random
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
@@ -114,10 +116,9 @@ def judge(mutant: Mutant) -> Verdict | None:
         values.low_precision,
         values.no_gradient,
     )
-    # One operation after the other needs no compilation of what changed; what did not is compiled.
     is_of_a_pass = mutant.file.startswith("jax_model5") and "step.py" not in mutant.file
-    with _planted(mutant) as broken, jax.disable_jit(is_of_a_pass):
-        found = broken or _first_difference(mutant)
+    with _planted(mutant) as broken:
+        found = broken or _first_difference(mutant, is_of_a_pass)
     seconds = round(time.perf_counter() - start, 1)
     if found is None:
         is_nothing = mutant.operator in ("rounded to float32", "gradient stopped")
@@ -157,16 +158,26 @@ def _planted(mutant: Mutant) -> Iterator[tuple[None, str] | None]:
             importlib.reload(sys.modules[other])
 
 
-def _first_difference(mutant: Mutant) -> tuple[Any, str] | None:
-    """The row of the report, and its words."""
+def _first_difference(mutant: Mutant, is_of_a_pass: bool) -> tuple[Any, str] | None:
+    """The row of the report, and its words.
+
+    The first stages run one operation after the other: most mutants are caught there, and nothing
+    that changed is compiled. What survives them is compiled, for it often is the clean program.
+    """
     from parity_tests import report
 
     config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope}"
     first = next((stages for part, stages in _FIRST.items() if re.search(part, place)), ())
-    for row in report.rows(config, first):
+    rows = report.rows(config, first)
+    is_compiled = not is_of_a_pass
+    while True:
+        with jax.disable_jit(not is_compiled):
+            row = next(rows, None)
+        if row is None:
+            return None
         if not row.passed:
             return row, f"{row.operation}, {row.what}: error {row.error:.1e}; {row.cause}"
-    return None
+        is_compiled |= row.stage not in (*first, "parameters", "operations")
 
 
 # Stages that see a place's faults soonest; the others come after them.
@@ -272,8 +283,10 @@ def _work(pipe: Connection) -> None:
     from parity_tests import report
 
     torch.set_num_threads(1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if report.first_difference(report.default_config("float64")):
         return  # nothing can be told: the parent says so
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # no mutant's
     pipe.send(None)
     while True:
         pipe.send(judge(pipe.recv()))
@@ -291,13 +304,15 @@ def main() -> int:
             with disk_errors("json", options.json, "name a file that can be written"):
                 Path(options.json).open("a").close()
         found = summary(done)
-        for verdict in verdicts(chosen, options.workers):
-            done.append(verdict)
-            _say(verdict, len(done), len(chosen))
-            found = summary(done) | {"chosen": len(chosen)}
-            if options.json:  # each time: a run of hours may be killed
-                head = circumstances("-m parity_tests.score", "cpu")
-                write_json(Path(options.json), head | found)
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # the workers' clean programs
+            for verdict in verdicts(chosen, options.workers):
+                done.append(verdict)
+                _say(verdict, len(done), len(chosen))
+                found = summary(done) | {"chosen": len(chosen)}
+                if options.json:  # each time: a run of hours may be killed
+                    head = circumstances("-m parity_tests.score", "cpu")
+                    write_json(Path(options.json), head | found)
         unexplained = [survivor for survivor in found["survivors"] if not survivor["why"]]
         print(
             f"{found['all']} run: {found['caught']} caught, {found['located']} of them located; "

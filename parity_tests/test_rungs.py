@@ -19,7 +19,7 @@ from parity_tests import ladder, report
 from tests.tiny import ROOT
 
 _attention, _dropout, _in_chunks = F.scaled_dot_product_attention, F.dropout, losses._in_chunks
-_threefry = kernels.threefry2x32
+_threefry, _random_bits = kernels.threefry2x32, kernels.random_bits
 _keep_mask, _nn_normal = model.keep_mask, torch.nn.init.normal_
 _causal = model.causal_attention
 _masked, _make_scheduler = model.masked_attention, torch_ref.step.make_scheduler
@@ -60,6 +60,13 @@ def two_swapped(q, k, v, drop):
     return y_BxHxNxK[:, :, ::-1] if y_BxHxNxK.shape[2] == 2 else y_BxHxNxK
 
 
+def first_rows_of_rbg(key, shape):
+    """Whichever rows of the batch the device has."""
+    if str(jax.random.key_impl(key)) == "rbg":
+        return jax.random.bits(key, shape, jnp.uint32)
+    return _random_bits(key, shape)
+
+
 # rung, what it names, target, name, value
 FAULTS = [
     (DROPOUT, "PyTorch, blocks.0.attn.attend: share",
@@ -70,6 +77,7 @@ FAULTS = [
     (DROPOUT, "a mask of its own", model.Dropout, "key", lambda self: jax.random.key(7)),
     (DROPOUT, "the bits of JAX's own Threefry", kernels, "threefry2x32",
      lambda *arguments: _threefry(*arguments) ^ 1 << 31),
+    (DROPOUT, "the bits of JAX's own rbg", kernels, "random_bits", first_rows_of_rbg),
     (INITS, "JAX, init course: last_block/attn/qkv/kernel: kurtosis", model, "kernel_init",
      uniform),
     (INITS, "PyTorch, init course: last_block/attn/qkv/kernel: standard", torch.nn.init, "normal_",
