@@ -21,6 +21,7 @@ NOT_RUN = [
     ("jax_model5/model.py:Block.__call__", "call left out: sharding . row_major", "only on a GPU"),
     ("*", "raise UserError", "an error's words: tests/test_errors.py"),
     ("*:split_frozen", "words = ", "an error's words: tests/test_errors.py"),
+    ("*:require_plain", "", "what the reference refuses: tests/test_given_weights.py"),
     ("*optimizer.py:*", _STOPPED, _UNDIFFERENTIATED),
     ("jax_model5/step.py:train_step*", _STOPPED, _UNDIFFERENTIATED),
     ("jax_model5/step.py:init_state*", _STOPPED, _UNDIFFERENTIATED),
@@ -44,6 +45,7 @@ _OF_PYTORCH = "PyTorch's own init of a linear layer has this law"
 _CUT_OFF = "zeros that are cut off again"
 _ROUNDS_ONCE = "both forms round once: which of them is fast depends on the CPU"
 _MEMORY = "what the forward pass keeps: memory and time, not numbers"
+_IN_CHUNKS = "the logits in one piece or in chunks: memory, not numbers"
 EXPLAINED = [
     ("*", "call left out: checkpoint_name", "a name for remat: the value is the same"),
     (
@@ -78,6 +80,16 @@ EXPLAINED = [
         "PyTorch's own init of an embedding has this law",
     ),
     ("torch_ref/model.py:init_linear", "left out: nn . init . uniform_*bias", _OF_PYTORCH),
+    (
+        "torch_ref/model.py:CausalAttention.forward",
+        "swapped: 2 1 -> ( 1 2 )*transpose(",
+        "two axes that change places do so in either order",
+    ),
+    (
+        "torch_ref/model.py:CausalAttention.forward",
+        "operator: - -> ( )*shape[[]-2:]",
+        "of four axes the last two are those from 2 on",
+    ),
     ("torch_ref/step.py:schedule*", "constant: 1.0 -> *progress = min(", "a run ends at 1"),
     ("jax_model5/kernels.py:_matmul_transposed*", "constant: 1 -> 0*_padded(g", "only a GPU pads"),
     ("jax_model5/kernels.py:_matmul_transposed*", "constant: 0 -> 1*_padded(", "only a GPU pads"),
@@ -107,6 +119,8 @@ EXPLAINED = [
     ("jax_model5/model.py:", "UNROLLED = ", _MEMORY),
     ("jax_model5/losses.py:", "\nROWS = ", "how many rows at once: memory, not numbers"),
     ("jax_model5/losses.py:_in_chunks", "    C = max(", "how many rows at once: memory"),
+    ("jax_model5/losses.py:_in_chunks", "comparison: *if N <= C", _IN_CHUNKS),
+    ("jax_model5/losses.py:_in_chunks", "branch forced: N < = C", _IN_CHUNKS),
     ("jax_model5/losses.py:_in_chunks", "jax.checkpoint(", _MEMORY),
     ("jax_model5/losses.py:_in_chunks", "keep_sums = ", _MEMORY),
     ("jax_model5/kernels.py:_padded", "is_gpu", _CUT_OFF),

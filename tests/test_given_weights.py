@@ -168,8 +168,9 @@ def test_bad_input_is_one_line(name, source, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_reference_says_that_it_has_neither(source):
-    code, _, err = run(*flags(source), "--optimizer.freeze=wte", module="torch_ref.train")
+@pytest.mark.parametrize("key", ["--optimizer.freeze=wte", "--init_from={}"])
+def test_the_reference_says_that_it_has_neither(source, key):
+    code, _, err = run(*flags(source), key.format(source.workdir), module="torch_ref.train")
     assert code == 2
     assert err.startswith("error: init_from, optimizer.freeze:")
 
