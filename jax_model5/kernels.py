@@ -136,7 +136,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     A function of the key and each index in the batch, whichever device has the row.
     """
     first_row = sharding.first_row(shape[0])
-    if str(jax.random.key_impl(key)) == "threefry2x32":
+    if jax.random.key_impl(key) == "threefry2x32":
         return threefry2x32(jax.random.key_data(key), first_row, shape)
     of_batch = jax.random.bits(key, (sharding.n_devices() * shape[0], *shape[1:]), jnp.uint32)
     return jax.lax.dynamic_slice_in_dim(of_batch, first_row, shape[0])

@@ -118,7 +118,7 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", kernel_init(c), (fan_in, self.n_features), c.dtype)
         bias = parameter(self, "bias", bias_init(c, fan_in), (self.n_features,), c.dtype)
         # Remat keeps a product without its bias: to add it again costs no pass over memory.
-        return checkpoint_name(matmul(x, kernel), f"{self.name}") + bias
+        return checkpoint_name(matmul(x, kernel), self.name or "") + bias
 
 
 class LayerNorm(nn.Module):
@@ -265,7 +265,7 @@ class Block(nn.Module):
 
 UNROLLED = 4  # layers; on a GPU any number, for a loop's stacked arrays are copied there
 
-# What the forward pass of a block keeps for its backward pass, by `model.remat`.
+# What the forward pass of a block keeps for its backward pass, by `model.remat`; fc is the layer's.
 _SAVED = {
     "dots": checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "fc"),
     "full": checkpoint_policies.nothing_saveable,
@@ -281,9 +281,10 @@ def run_block(config: ModelConfig, n_last: int, *, deterministic: bool) -> Calla
     if config.remat == "none":
         return run
     # A GPU's trunk is no loop, and without barriers XLA would keep what is to be computed again.
-    # Around parameters they would make copies of each layer's.
-    barriers: Any = (False, True, True, True)  # parameters, keys, x, None
-    return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=sharding.is_gpu() and barriers)
+    # Flax remats a function of parameters, keys, x and None. A barrier around whole parameters
+    # copies them; around shards it has them gathered again, not kept whole.
+    barriers: Any = sharding.is_gpu() and (sharding.n_shards() > 1, True, True, True)
+    return nn.remat(run, policy=_SAVED[config.remat], prevent_cse=barriers)
 
 
 # ---- the model ----------------------------------------------------------------------------------

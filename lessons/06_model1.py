@@ -15,7 +15,7 @@ entropy of the next token given this one. And a test loss near the training loss
 learnt by heart: nearly every pair of tokens of a test window stands, at the same place of the text,
 in training windows too.
 
-Four minutes on two CPU cores; on a GPU not measured. The text is the first 16,000 tokens of what
+Five minutes on two CPU cores; on a GPU not measured. The text is the first 16,000 tokens of what
 Python ships; the course's is Project Gutenberg's book 35, for `--data.source`. The vocabulary is
 that of the text, not of GPT-2. A shorter text has fewer pairs, and a lower entropy.
 
@@ -100,7 +100,7 @@ used for the next ones, so they are not read again.
 """
 
 # %%
-ADAMW = optimizer(OptimizerConfig(learning_rate=1e-3), steps=1)  # PyTorch's decay of 0.01
+ADAMW = optimizer(OptimizerConfig(learning_rate=1e-3), steps=1)  # a constant rate
 
 
 def batches(places_WxL1, seed, epoch):
@@ -259,9 +259,9 @@ lesson.check(
     "a random tenth of the windows",
     f"{seen[0]:.1%} of its pairs are trained on; the test's loss ends above training's by "
     + ", ".join(
-        f"{spread(gap_of[how])} ({how}, lowest at epoch {best[how]:.0f})" for how in SPLITS
+        f"{spread(gap_of[how])} ({how}; its own lowest at epoch {best[how]:.0f})" for how in SPLITS
     ),
-    np.mean(gap_of["windows"]) > 0.5 * np.mean(gap_of["pieces"]),  # half of what alike text shows
+    np.mean(gap_of["windows"]) > 0.5 * np.mean(gap_of["pieces"]),  # half of the gap of pieces
 )
 lesson.check(
     "JAX's curves are PyTorch's",

@@ -15,8 +15,7 @@ is 0 in PyTorch and 1 in JAX.
 
 Five seconds on two CPU cores; no GPU needed.
 
-How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
-`docs/from_pytorch.md`.
+PyTorch's words in JAX: `docs/from_pytorch.md`.
 """
 
 # %%

@@ -11,10 +11,10 @@ off by itself either.
 
 **Expect** the same here. JAX has no mode to forget: every call says `deterministic=...`, and one
 that drops must bring a key. And expect what the course does not say: dropout keeps the mean of what
-it drops, but not the loss. With it the same weights are worse, and a batch's loss depends on the
+it is given, but not the loss. With it the same weights are worse, and a batch's loss depends on the
 key.
 
-About 40 seconds on two CPU cores; no GPU needed, and none measured.
+Half a minute on two CPU cores; no GPU needed, and none measured.
 
 How to read the names, such as `x_BxLxD`: `docs/lessons.md`. PyTorch's words in JAX:
 `docs/from_pytorch.md`.
@@ -82,7 +82,8 @@ print(f"values {values}; repeated: {is_repeated}")
 """
 ## One mask, two frameworks
 
-The generators differ, and so do the masks. PyTorch's mask in JAX gives PyTorch's numbers.
+The generators differ, and so do the masks. PyTorch's mask (of R rows and C columns) in JAX gives
+PyTorch's numbers.
 """
 
 # %%
@@ -145,8 +146,8 @@ config = lesson.model5(
     n_layers=lesson.pick(2, 1),
 )
 corpus = load_corpus(config)
-*_, (_, state, _) = steps(config, corpus)
-params = state.params
+for _, state, _ in steps(config, corpus):
+    params = state.params
 windows_BxL1 = test_batches(corpus, config)[0]
 keys = jax.random.split(jax.random.key(1), lesson.pick(64, 16))
 

@@ -103,23 +103,24 @@ def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
 
 def _generators(rate: float) -> Iterator[tuple[str, bool]]:
     """Whether a mask has JAX's own bits: Threefry's on the counters (row, index in the row)."""
-    B, shape = 10, (4, 5)  # half of the rows are more than the first axis of one is long
+    B, shape = 10, (4, 5)  # of a device 5 rows, not 4: an axis taken for another shows
+    n = math.prod(shape)
     key = jax.random.fold_in(jax.random.key(7), 1)  # neither of its words is 0
-    counters = np.concatenate([np.repeat(np.arange(B), 20), np.tile(np.arange(20), B)])
+    counters = np.concatenate([np.repeat(np.arange(B), n), np.tile(np.arange(n), B)])
     words = jax.extend.random.threefry_2x32(jax.random.key_data(key), counters.astype(np.uint32))
-    yield "Threefry", _has_bits(key, np.asarray(words)[: B * 20].reshape(B, *shape), rate)
+    yield "Threefry", _has_bits(key, np.asarray(words)[: B * n].reshape(B, *shape), rate)
     key = jax.random.key(7, impl="rbg")
     yield "rbg", _has_bits(key, np.asarray(jax.random.bits(key, (B, *shape), "uint32")), rate)
 
 
 def _has_bits(key: jax.Array, bits_BxMxN: np.ndarray, rate: float) -> bool:
-    """The masks of the first and the last half of the rows, as two devices have them."""
-    B = len(bits_BxMxN) // 2
-    for first in (0, B):
+    """Whether the masks of either half of the rows, as two devices have them, are of these bits."""
+    half = len(bits_BxMxN) // 2
+    for first in (0, half):
         row = mock.patch.object(sharding, "first_row", return_value=jnp.int32(first))
         with row, mock.patch.object(sharding, "n_devices", return_value=2):
             for r in (rate, 1 - rate):
-                bits = bits_BxMxN[first : first + B]
+                bits = bits_BxMxN[first : first + half]
                 if not np.array_equal(bits >= r * 2**32, kernels.keep_mask(key, r, bits.shape)):
                     return False
     return True

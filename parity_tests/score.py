@@ -18,7 +18,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
@@ -28,8 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_model5.config import DataConfig
 from jax_model5.errors import ArgumentParser, UserError, disk_errors, one_line_errors
 from jax_model5.record import circumstances, write_json
+from jax_model5.startup import keep_programs
 from parity_tests import COMPILE_FAST
 from parity_tests.explained import EXPLAINED, NOT_RUN
 from parity_tests.mutants import Mutant, mutants
@@ -161,8 +162,9 @@ def _planted(mutant: Mutant) -> Iterator[tuple[None, str] | None]:
 def _first_difference(mutant: Mutant, is_of_a_pass: bool) -> tuple[Any, str] | None:
     """The row of the report, and its words.
 
-    The first stages run one operation after the other: most mutants are caught there, and nothing
-    that changed is compiled. What survives them is compiled, for it often is the clean program.
+    The first stages (and the one after them) run one operation after the other: most mutants are
+    caught there, and nothing that changed is compiled. What survives is compiled, for it often is
+    the clean program.
     """
     from parity_tests import report
 
@@ -283,6 +285,7 @@ def _work(pipe: Connection) -> None:
     from parity_tests import report
 
     torch.set_num_threads(1)
+    keep_programs(DataConfig().cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if report.first_difference(report.default_config("float64")):
         return  # nothing can be told: the parent says so
@@ -304,15 +307,13 @@ def main() -> int:
             with disk_errors("json", options.json, "name a file that can be written"):
                 Path(options.json).open("a").close()
         found = summary(done)
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # the workers' clean programs
-            for verdict in verdicts(chosen, options.workers):
-                done.append(verdict)
-                _say(verdict, len(done), len(chosen))
-                found = summary(done) | {"chosen": len(chosen)}
-                if options.json:  # each time: a run of hours may be killed
-                    head = circumstances("-m parity_tests.score", "cpu")
-                    write_json(Path(options.json), head | found)
+        for verdict in verdicts(chosen, options.workers):
+            done.append(verdict)
+            _say(verdict, len(done), len(chosen))
+            found = summary(done) | {"chosen": len(chosen)}
+            if options.json:  # each time: a run of hours may be killed
+                head = circumstances("-m parity_tests.score", "cpu")
+                write_json(Path(options.json), head | found)
         unexplained = [survivor for survivor in found["survivors"] if not survivor["why"]]
         print(
             f"{found['all']} run: {found['caught']} caught, {found['located']} of them located; "

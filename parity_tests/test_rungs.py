@@ -62,7 +62,7 @@ def two_swapped(q, k, v, drop):
 
 def first_rows_of_rbg(key, shape):
     """Whichever rows of the batch the device has."""
-    if str(jax.random.key_impl(key)) == "rbg":
+    if jax.random.key_impl(key) == "rbg":
         return jax.random.bits(key, shape, jnp.uint32)
     return _random_bits(key, shape)
 

@@ -1,7 +1,6 @@
 """The benchmark: its arithmetic on made-up times, its processes, its files, its errors."""
 
 import json
-import platform
 import sys
 
 import jax
@@ -176,19 +175,6 @@ def test_a_comparison_writes_its_table_json_and_plot(tmp_path, case_file):
 
 
 @pytest.mark.slow
-def test_another_python_is_a_peer(tmp_path, case_file, monkeypatch):
-    arguments = (
-        f"--case {case_file} --python {sys.executable} --rounds 1 --steps 1 --out {tmp_path}"
-    )
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments.split()])
-    bench.main()
-    result = json.loads((tmp_path / "tiny_final_token_python.json").read_text())
-    version = f"Python {platform.python_version()}, jax {jax.__version__}, float32"
-    assert [program["name"] for program in result["programs"]] == ["jax float32", version]
-    assert [ratio["theirs"] for ratio in result["ratios"]] == [version]
-
-
-@pytest.mark.slow
 def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
     monkeypatch.setitem(cases.SWEEPS, "last_k", (1, 16))
     arguments = f"--case {case_file} --sweep last_k --rounds 1 --steps 2 --out {tmp_path}"
@@ -217,9 +203,6 @@ def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
         ("--accumulate 2 --sweep batch", "the batch is swept without it"),
         ("--accumulate 3", "accumulate=3: must divide batch_size=16"),
         ("--out /dev/null/x", "name another folder"),
-        ("--python /dev/null", "python='/dev/null': "),
-        ("--python false", "python='false': "),
-        (f"--python {sys.executable} --generate", "leave out --generate and --sweep"),
     ],
 )
 def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch):

@@ -17,7 +17,7 @@ import jax
 from jax_model5 import record
 from jax_model5.bench import cases, measure, report
 from jax_model5.bench.generation import TEXT_PEERS, measure_generation
-from jax_model5.bench.peers import course, ended, flax, of_python, ours, tuned, versions_of
+from jax_model5.bench.peers import course, ended, flax, ours, tuned
 from jax_model5.bench.rounds import (
     Program,
     fraction,
@@ -61,8 +61,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     peers += ", of a text also transformers; repeat it for more"
     names = [*dict.fromkeys((*STEP_PEERS, *TEXT_PEERS))]
     parser.add_argument("--peer", action="append", default=[], choices=names, help=peers)
-    python = "also time our step under this Python, with the JAX that it has"
-    parser.add_argument("--python", metavar="PATH", help=python)
     text = "time the writing of a text of 200 tokens instead"
     parser.add_argument("--generate", action="store_true", help=text)
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
@@ -72,11 +70,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help=steps)
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)
-    return checked(parser.parse_args(args))
-
-
-def checked(options: argparse.Namespace) -> argparse.Namespace:
-    """Raises UserError where two of them do not go together, or one cannot be had."""
+    options = parser.parse_args(args)
     require_at_least_1(options, "rounds", "steps")
     if options.sweep == "batch" and options.accumulate:
         raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
@@ -84,10 +78,6 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
     if options.generate and options.sweep:
         raise UserError("generate: leave out --sweep")
-    if options.python and (options.generate or options.sweep):
-        raise UserError(f"python={options.python!r}: of a step; leave out --generate and --sweep")
-    if options.python:
-        versions_of(options.python)
     what, allowed = ("a text", [*TEXT_PEERS]) if options.generate else ("a step", [*STEP_PEERS])
     for peer in options.peer:
         require(peer in allowed, "peer", peer, f"{what} has the peers {', '.join(allowed)}")
@@ -155,7 +145,6 @@ def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
     knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
     knobs += [f"sweep_{options.sweep}"] if options.sweep else []
     knobs += ["generate"] if options.generate else []
-    knobs += ["python"] if options.python else []
     return "_".join(knobs)
 
 
@@ -173,9 +162,6 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
             note(f"{programs[-1].name}: warm start, {programs[-1].first_step_s:.1f} s")
         if options.peer:
             require_one_device(programs[0])
-        for dtype in dtypes if options.python else ():
-            programs.append(of_python(options.python, config, dtype, scratch))
-            note(f"{programs[-1].name}: first step done")
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             note(f"{programs[-1].name}: first step done")

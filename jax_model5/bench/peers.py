@@ -2,7 +2,6 @@
 
 import contextlib
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,31 +20,6 @@ def ours(config: TrainConfig, dtype: str, scratch: Path) -> Program:
     return Program(
         f"jax {dtype}", command, {"JAX_COMPILATION_CACHE_DIR": str(scratch / f"xla_{dtype}")}
     )
-
-
-def of_python(python: str, config: TrainConfig, dtype: str, scratch: Path) -> Program:
-    """Our program under another Python, with the JAX that it has."""
-    path = _config_file(with_model(config, dtype=dtype), scratch)
-    command = [python, "-m", "jax_model5.bench.measure", "--config", path]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(scratch / f"xla_python_{dtype}")}
-    return Program(f"{versions_of(python)}, {dtype}", command, cache)
-
-
-def versions_of(python: str) -> str:
-    """Of a Python and its JAX.
-
-    Raises:
-      UserError: it does not run, or lacks jax_model5.
-    """
-    words = "print('Python', sys.version.split()[0] + ', jax', jax.__version__)"
-    try:
-        command = [python, "-c", f"import jax, jax_model5, sys; {words}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "").strip().splitlines()[-1:] or [str(error)]
-        fix = "name one in which jax_model5 is installed"
-        raise UserError(f"python={python!r}: {said[0]}; {fix}") from None
-    return done.stdout.strip()
 
 
 def course(config: TrainConfig, dtype: str, scratch: Path) -> Program:

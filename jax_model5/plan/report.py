@@ -79,15 +79,17 @@ def plot_sweep(plans: Sequence[dict[str, Any]], path: Path) -> None:
     for part in PARTS:
         ms = [p["floor"][f"{part}_s"] * 1e3 or math.nan for p in plans]  # no 0 on a log scale
         times.plot(chips, ms, marker="o", label=part)
-    shares.plot(chips, efficiency(plans), marker="o", label="tokens/s of a chip")
-    shares.plot(chips, network_share(plans), marker="o", label="network's time")
+    shares.plot(
+        chips, efficiency(plans), marker="o", label="a chip's tokens/s, of the first to fit"
+    )
+    shares.plot(chips, network_share(plans), marker="o", label="network's time, of the floor")
     times.set_yscale("log")
     times.set_ylabel("floor of a step [ms]")
-    shares.set_ylabel("of the first's that fits; of the floor")
+    shares.set_ylabel("share")
     for axes in (times, shares):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("chips")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     _save(figure, path)
 
 
