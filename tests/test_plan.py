@@ -137,6 +137,38 @@ def test_a_collective_that_starts_moves_its_results_and_not_its_operands():
     assert moved["r"] == 2 * 32 * 4 * 3 / 4
 
 
+ASYNCHRONOUS = """
+%start (p: f32[32]) -> (f32[32], f32[128]) {
+  %p = f32[32]{0} parameter(0)
+  %g.1 = f32[128]{0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}
+  ROOT %t = (f32[32]{0}, f32[128]{0}) tuple(%p, %g.1)
+}
+
+%end (p.1: f32[32]) -> f32[128] {
+  %p.1 = f32[32]{0} parameter(0)
+  ROOT %g.2 = f32[128]{0} all-gather(%p.1), channel_id=3, replica_groups={{0,1,2,3}}
+}
+
+%async_collective_fusion.7 (p.2: f32[32]) -> f32[128] {
+  %p.2 = f32[32]{0} parameter(0)
+  ROOT %g.3 = f32[128]{0} all-gather(%p.2), channel_id=3, replica_groups={{0,1,2,3}}
+}
+
+ENTRY %main (a: f32[32]) -> f32[128] {
+  %a = f32[32]{0} parameter(0)
+  %first = (f32[32]{0}, f32[128]{0}) fusion(%a), kind=kCustom, calls=%start
+  %plain = f32[128]{0} all-gather(%a), channel_id=3, replica_groups={{0,1,2,3}}
+  %fusion = f32[128]{0} fusion(%a), kind=kCustom, calls=%async_collective_fusion.7
+  ROOT %async-collective-done.1 = f32[128]{0} fusion(%a), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_stands_in_several_fusions_is_one():
+    found = [(i.name, times) for i, times in hlo.Program(ASYNCHRONOUS).collectives()]
+    assert found == [("g.1", 1), ("plain", 1)]
+
+
 def test_the_floor_is_the_slowest_of_three():
     chips = parse_chips("h100:8")
     found = {"flops_by_dtype": {"bf16": 989.4e12}, "traffic_bytes": 3350e9 / 2, "network_s": 0.25}
@@ -202,10 +234,14 @@ def test_a_small_model_is_compiled_for_chips_that_are_not_here(tmp_path):
     code, _, err = run(*chips, f"--out={tmp_path}", *flags, module="jax_model5.plan")
     assert code == 0, err
     for plan in json.loads((tmp_path / "plan.json").read_text())["plans"]:
-        weights = 4 * plan["state"]["parameters"]  # two gathers in bfloat16, but for the table
         assert plan["fits"]
-        assert {"weights", "gradients"} <= set(plan["carried_bytes"])
-        assert plan["carried_bytes"]["weights"] < 2 * weights
+        c = plan["config"]["model"]
+        tables, blocks = 4 * (c["vocab_size"] + c["seq_len"]) * 128, 2 * 12 * 128**2 * c["n_layers"]
+        # A table comes once in float32, a block's weights in bfloat16, 3 of 4 shards; these twice,
+        # but in a trunk that is unrolled XLA keeps them on a TPU.
+        times = {"v5e:2x2": 1, "h100:4": 2}[plan["chips"]]
+        assert plan["carried_bytes"]["weights"] == (tables + times * blocks) * 3 / 4
+        assert plan["carried_bytes"]["gradients"] >= (tables + 2 * blocks) * 3 / 4
         needed = sum(flops.step_flops(TrainConfig()).values()) / 4
         assert sum(plan["flops_by_dtype"].values()) == pytest.approx(needed, rel=0.1)
     code, _, err = run("--chips=v5e:3x5", f"--out={tmp_path}", *flags, module="jax_model5.plan")

@@ -26,15 +26,12 @@ def of_program(text: str, memory: dict[str, int], chips: Chips) -> dict[str, Any
     program = hlo.Program(text)
     moved: dict[str, float] = collections.defaultdict(float)
     sent: dict[str, float] = collections.defaultdict(float)
-    traffic, network_s = 0.0, 0.0
-    for instruction, times in program.executed():
-        traffic += times * program.traffic(instruction)
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in hlo.COLLECTIVES:
-            size = times * hlo.received(instruction, chips.n)
-            moved[kind] += size
-            sent[carried(instruction)] += size
-            network_s += size / _rate(instruction, chips)
+    traffic, network_s = sum(n * program.traffic(i) for i, n in program.executed()), 0.0
+    for collective, times in program.collectives():
+        size = times * hlo.received(collective, chips.n)
+        moved[collective.opcode.removesuffix("-start")] += size
+        sent[carried(collective)] += size
+        network_s += size / _rate(collective, chips)
     return {
         "memory": memory | {"total": total(memory)},
         "flops_by_dtype": flops_by_dtype(program),

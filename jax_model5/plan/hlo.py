@@ -16,6 +16,7 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "custom-call-barrier"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather", "bitcast")
+_GOES_ON = re.compile("async-collective-done|async_collective_fusion")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -107,6 +108,18 @@ class Program:
         for called in instruction.called:
             for inner in self.computations[called].values():
                 yield from self.inside(inner)
+
+    def collectives(self) -> Iterator[tuple[Instruction, int]]:
+        """Each collective and how often it runs.
+
+        A TPU's asynchronous one stands in a fusion where it starts, and again in those where it
+        goes on and ends.
+        """
+        for instruction, times in self.executed():
+            if not _GOES_ON.search(f"{instruction.name} {instruction.called}"):
+                for inner in self.inside(instruction):
+                    if inner.opcode.removesuffix("-start") in COLLECTIVES:
+                        yield inner, times
 
     def trip_count(self, loop: Instruction) -> int:
         """XLA's own figure, or the bound that JAX's counter, from 0, stays below."""
