@@ -107,7 +107,7 @@ EXPLAINED = [
     ("*:at_least_float32", "swapped: *promote_types", "the same in either order"),
     ("jax_model5/model.py:run_block", "swapped: , prevent_cse", _MEMORY),
     ("jax_model5/model.py:run_block", "    barriers: Any = ", _MEMORY),
-    ("jax_model5/model.py:run_block", "swapped: , policy", _MEMORY),
+    ("jax_model5/model.py:run_block", "swapped: policy", _MEMORY),
     ("jax_model5/model.py:run_block", "call left out: nn . remat", _MEMORY),
     ("jax_model5/model.py:run_block", "branch forced: * -> True", _MEMORY),
     ("jax_model5/model.py:", "save_only_these_names", _MEMORY),
