@@ -33,11 +33,10 @@ config = parse(sys.argv[2:], "test")
 programs = Programs(config)
 program = hlo.Program(programs.train_step.as_text())
 moved, shapes, rows = collections.Counter(), set(), set()
-for instruction, times in program.executed():
-    kind = instruction.opcode.removesuffix("-start")
-    if kind in hlo.COLLECTIVES:
-        moved[kind] += times * hlo.received(instruction, 8)
-        shapes |= {array.dims for array in instruction.arrays}
+for collective, times in program.collectives():
+    moved[collective.opcode.removesuffix("-start")] += times * hlo.received(collective, 8)
+    shapes |= {array.dims for array in collective.arrays}
+for instruction, _ in program.executed():
     for inner in program.inside(instruction):
         if hlo.is_product(inner):
             rows |= set(inner.arrays[0].dims)
