@@ -17,6 +17,7 @@ from jax_model5.plan import __main__ as plan_main
 from jax_model5.plan import costs, hlo, report, search
 from jax_model5.plan.__main__ import plan_for, split_over
 from jax_model5.plan.chips import parse_chips
+from jax_model5.plan.compiled import compile_for
 from jax_model5.programs import Programs
 from tests.tiny import ROOT, run, tiny
 from tests.tiny import flags as flags_of
@@ -259,6 +260,16 @@ def test_what_a_chip_cannot_hold_is_planned_as_that():
     found = plan_for(chips, parse(keys, "test"))
     assert found["fits"] is False
     assert found["memory"]["total"] > chips.chip.memory
+
+
+@pytest.mark.compilers
+def test_on_a_gpu_no_layer_s_parameters_are_copied():
+    """As a barrier around them makes it: a slice of the stacked trunk, in float32."""
+    config = parse("--model.d_model=128 --model.n_heads=2 --model.dtype=bfloat16".split(), "test")
+    _, text = compile_for(parse_chips("h100:1"), config)
+    arrays = [array for i, _ in hlo.Program(text).executed() for array in i.arrays]
+    assert hlo.Array("bf16", (1, 128, 512)) in arrays
+    assert hlo.Array("f32", (1, 128, 512)) not in arrays
 
 
 @pytest.mark.compilers
