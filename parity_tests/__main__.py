@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,16 +11,16 @@ from typing import Any
 import jax
 
 import portproof
-from jax_model5.config import DataConfig, TrainConfig
+from jax_model5.config import TrainConfig
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_torch
-from jax_model5.startup import keep_programs
 
-if __name__ == "__main__":  # before what imports it
+if __name__ in ("__main__", "__mp_main__"):  # the second is the process beside it
     jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
+if __name__ == "__main__":  # before what imports it
     with one_line_errors():
         require_torch("command", "python -m parity_tests")
 
-from parity_tests import COMPILE_FAST, drift, faults, ladder, page, report
+from parity_tests import drift, faults, ladder, page, report, shared
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
@@ -45,24 +43,26 @@ def main() -> int:
     """0: nothing differs; 1: something does; 2: bad input."""
     with one_line_errors():
         options = parse_args(sys.argv[1:])
-        use_device(options.device)
+        shared.use_device(options.device)
         configs = [report.default_config(dtype) for dtype in ladder.DTYPES]
         fault = fault_named(options.inject)
         configs = [fault.marked(config) for config in configs] if fault else configs
         if options.html:
             write_page(options.html, portproof.Report([], "being measured"), [], [])  # not too late
         with fault.plant() if fault else contextlib.nullcontext():
-            return compare(options, configs)
+            return compare(options, configs, fault)
 
 
-def compare(options: argparse.Namespace, configs: list[TrainConfig]) -> int:
+def compare(
+    options: argparse.Namespace, configs: list[TrainConfig], fault: faults.Fault | None
+) -> int:
     texts, figures = [], []
 
     def say(text: str) -> None:
         print(text, flush=True)
         texts.append(text)
 
-    rows = list(shown(itertools.chain.from_iterable(map(report.rows, configs))))
+    rows = list(shown(shared.rows(configs, options.device, fault)))
     found = report.as_report(rows)
     print(found.table(), *found.following(), sep="\n", flush=True)
     verdicts = [found.verdict] if found.first else []
@@ -116,19 +116,6 @@ def write_page(
         page.write(Path(name).expanduser(), found, texts, figures)
     except (OSError, RuntimeError) as error:  # the second: no such user in ~user
         raise UserError(f"html={name!r}: {error}; name another file") from None
-
-
-def use_device(name: str) -> None:
-    """JAX on this device, its compiled programs kept for the next time as training's are."""
-    if name == "cpu":
-        os.environ["XLA_FLAGS"] = f"{COMPILE_FAST} {os.environ.get('XLA_FLAGS', '')}"
-    jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
-    keep_programs(DataConfig().cache_dir)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a thousand small ones
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):  # the second where no plugin of it is installed
-        raise UserError(f"device={name!r}: JAX finds none here; use --device cpu") from None
 
 
 def fault_named(name: str | None) -> faults.Fault | None:

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from jax_model5 import step
 from jax_model5.config import TrainConfig
@@ -111,8 +111,10 @@ def _pair(config: TrainConfig, dtype: str) -> ladder.Pair:
         return ladder.Pair(own, params=params)
 
 
-def plot(drifts: Sequence[Drift]) -> Figure:
+def plot(drifts: Sequence[Drift]) -> Any:
     """Distances after each step, and the band that rounding alone explains."""
+    from matplotlib.figure import Figure  # a second to import, of a report that takes thirty
+
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, len(drifts), sharex=True, sharey="row", squeeze=False)
     for column, drift in enumerate(drifts):

@@ -329,11 +329,11 @@ def updates(config: TrainConfig) -> Comparisons:
     pair = Pair(config)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
-    params, state = pair.params, pair.state().opt_state
+    params, state, parameters = pair.params, pair.state().opt_state, pair.named_parameters()
     for _ in range(config.steps):
         grads = pair.random_tree(mean=0.0, std=0.1)
         for name, gradient in bridge.to_torch(grads, config.model).items():
-            pair.named_parameters()[name].grad = gradient
+            parameters[name].grad = gradient
         max_norm = config.optimizer.clip_norm or np.inf
         torch.nn.utils.clip_grad_norm_(pair.torch_model.parameters(), max_norm)
         theirs.step()

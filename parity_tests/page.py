@@ -5,15 +5,14 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import Any
 
 import portproof
 from portproof.page import page
 
 
 def write(
-    path: Path, found: portproof.Report, texts: Sequence[str], figures: Sequence[Figure]
+    path: Path, found: portproof.Report, texts: Sequence[str], figures: Sequence[Any]
 ) -> None:
     """The model operation by operation, then the texts, then the plots."""
     parts = [page(found)]
@@ -22,7 +21,7 @@ def write(
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-def _png(figure: Figure) -> str:
+def _png(figure: Any) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return base64.b64encode(file.getvalue()).decode()

@@ -94,14 +94,15 @@ def rows(config: TrainConfig, first: Sequence[str] = ()) -> Iterator[Row]:
     every.sort(key=lambda named: first.index(named[0]) if named[0] in first else len(first))
     for name, stage in every:
         is_last = False
-        for row in _named(name, stage, config):
+        for row in named(name, stage, config):
             is_last |= is_end(row)
             yield row
         if is_last:
             return
 
 
-def _named(name: str, stage: Iterator[Row], config: TrainConfig) -> Iterator[Row]:
+def named(name: str, stage: Iterator[Row], config: TrainConfig) -> Iterator[Row]:
+    """A stage's rows under its name; the last one says where a model stopped."""
     try:
         for row in stage:
             yield dataclasses.replace(row, stage=name)
