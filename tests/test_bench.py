@@ -196,7 +196,9 @@ def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
         ("--steps two", "invalid int value: 'two'"),
         ("--sweep width", "invalid choice: 'width'"),
         ("--peer tuned --sweep batch", "a sweep has no peers"),
-        ("--peer transformers", "peer='transformers': a step has the peers course, tuned, flax"),
+        ("--peer tuned --generate", "peer='tuned': a text has the peers course, transformers"),
+        ("--prompt 256 --generate", "prompt=256: the window is model.seq_len=256"),
+        ("--batch 3 --sweep batch", "batch=3: the batch is swept without it"),
         ("--peer flax --generate", "peer='flax': a text has the peers course, transformers"),
         ("--sweep batch --generate", "leave out --sweep"),
         ("--dtype float32 --dtype bfloat16 --sweep batch", "one --dtype at a time"),
@@ -245,6 +247,8 @@ def test_a_program_that_died_between_turns_is_told():
         ("flax", {}),
         ("flax", {"gelu": "tanh", "scale_logits": False, "n_layers": 1}),
         ("flax", {"dtype": "bfloat16"}),
+        ("transformers", {}),
+        ("transformers", {"gelu": "tanh", "scale_logits": False, "tied_head": False}),
     ],
 )
 def test_peers_need_the_same_weights_to_compare_losses(peer, variant, tmp_path, text_file):
@@ -287,12 +291,19 @@ def test_texts_are_compared_with_transformers_and_the_bound(tmp_path, text_file)
     config = with_model(tiny(tmp_path, text_file), seq_len=256)
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(config))
-    arguments = f"--case {path} --generate --peer transformers --rounds 2 --out {tmp_path}".split()
+    arguments = f"--case {path} --generate --batch 3 --prompt 200 --peer transformers --rounds 2"
+    arguments = [*arguments.split(), "--out", tmp_path]
     code, stdout, stderr = run(*arguments, module="jax_model5.bench")
     assert code == 0, stderr
-    assert "all weights read in" in stdout
+    assert "all weights and the cache read in" in stdout
     assert "jax float32 against torch transformers float32" in stdout
-    result = json.loads((tmp_path / "tiny_final_token_generate.json").read_text())
+    result = json.loads((tmp_path / "tiny_final_token_batch_3_generate_200.json").read_text())
     ours, theirs = result["programs"]
-    assert ours["of_bound"] == ours["tokens_per_s"] * result["read_weights_s"] > 0
+    assert (result["texts"], result["generated_tokens"]) == (3, 56)
+    assert ours["tokens_per_s"] == 3 * 56 / ours["seconds"]["median"]
+    assert ours["of_bound"] == ours["tokens_per_s"] / 3 * result["bound_s"] > 0
+    weights = step.abstract_state(config).params
+    read = trees.n_bytes(weights) - trees.n_bytes(weights["wpe"])  # wte, tied, is the head
+    cache = 3 * (200 + 56 / 2) * 2 * config.model.n_layers * config.model.d_model * 4
+    assert result["bound_s"] == pytest.approx(result["read_weights_s"] * (1 + cache / read))
     assert len(theirs["rounds"]) == 2

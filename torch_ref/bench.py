@@ -2,16 +2,19 @@
 
 `python -m torch_ref.bench course|eager|compile|transformers [--config FILE]` speaks the protocol of
 jax_model5/bench/measure.py: JSON when the first step is done, then for each line `step N`.
-transformers is Hugging Face's GPT-2, which only writes texts.
+transformers is Hugging Face's GPT-2 in the place of our model.
 """
 
+import copy
+import functools
 import importlib.metadata
 import json
 import math
+import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from jax_model5.batches import test_batches, train_batch
-from jax_model5.config import TrainConfig, parse
+from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
-from jax_model5.errors import UserError, one_line_errors, require
+from jax_model5.errors import UserError, one_line_errors
 from torch_ref.generate import generate
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
@@ -34,7 +37,7 @@ from torch_ref.step import (
     train_step,
 )
 
-PROMPT_TOKENS, NEW_TOKENS = 16, 200  # as in jax_model5/bench/cases.py
+NEW_TOKENS = 200  # as in jax_model5/bench/cases.py
 
 
 class TunedModel5(Model5):
@@ -72,7 +75,72 @@ def suffix_block(block: Any, x_BxLxD: torch.Tensor, n_last: int) -> torch.Tensor
     return x_BxNxD + block.mlp_drop(block.out(block.gelu(block.fc(block.ln_2(x_BxNxD)))))
 
 
-def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Callable:
+# Our names -> those of transformers, whose linear layers hold the transposed matrix.
+_NAMES = {
+    r"^head\.": "lm_head.",
+    r"^(wte|wpe|ln_f)\.": r"transformer.\1.",
+    r"^blocks\.": "transformer.h.",
+    r"\.attn\.qkv\.": ".attn.c_attn.",
+    r"\.attn\.proj\.": ".attn.c_proj.",
+    r"\.fc\.": ".mlp.c_fc.",
+    r"\.out\.": ".mlp.c_proj.",
+}
+
+
+class TransformersModel5(torch.nn.Module):
+    """tokens_BxL -> logits_BxNxV of the last N positions, by transformers' own means."""
+
+    def __init__(self, config: ModelConfig):
+        import transformers  # seconds to import, and only its peer needs it
+
+        super().__init__()
+        self.config = config
+        shape = transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.seq_len,
+            n_embd=config.d_model,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            activation_function={"erf": "gelu", "tanh": "gelu_pytorch_tanh"}[config.gelu],
+            tie_word_embeddings=config.tied_head,
+            embd_pdrop=config.dropout_at("embedding"),
+            attn_pdrop=config.dropout_at("attention"),
+            resid_pdrop=config.dropout_at("mlp"),
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        self.gpt2: Any = transformers.GPT2LMHeadModel(shape)
+        self.writers: list[Any] = []  # of texts, in the model's dtype; no part of this module
+        self.versions = {"transformers": importlib.metadata.version("transformers")}
+
+    def forward(self, tokens_BxL: torch.Tensor, n_last: int = 0) -> torch.Tensor:
+        """N = 0: all positions."""
+        found = self.gpt2(tokens_BxL, logits_to_keep=n_last, use_cache=False)
+        scale = math.sqrt(self.config.d_model) if self.config.scale_logits else 1.0
+        return found.logits / scale
+
+    def load_state_dict(self, weights: Mapping[str, torch.Tensor]) -> Any:  # type: ignore[override]
+        """Of our model, under our names."""
+        theirs = {}
+        for name, weight in weights.items():
+            is_linear = weight.ndim == 2 and name.startswith("blocks.")
+            for ours, other in _NAMES.items():
+                name = re.sub(ours, other, name)
+            theirs[name] = weight.T if is_linear else weight
+        return self.gpt2.load_state_dict(theirs)
+
+    def write(self, prompt_BxT: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """A text with its KV cache, in the model's dtype."""
+        if not self.writers:
+            dtype = getattr(torch, self.config.dtype)
+            self.writers.append(copy.deepcopy(self.gpt2).to(dtype).eval())
+        how = {"do_sample": True, "top_k": 0, "max_new_tokens": n_tokens}
+        mask_BxT = torch.ones_like(prompt_BxT)
+        return self.writers[0].generate(prompt_BxT, attention_mask=mask_BxT, **how)
+
+
+def tuned_step(model: torch.nn.Module, config: TrainConfig, is_compiled: bool) -> Callable:
     """windows [B, L + 1] -> loss: one step with fused AdamW, compiled by inductor or eager."""
     torch.set_float32_matmul_precision("high")  # as XLA on a GPU; a CPU has one precision
     optimizer = make_optimizer(model, config.optimizer)
@@ -104,44 +172,38 @@ def tuned_step(model: TunedModel5, config: TrainConfig, is_compiled: bool) -> Ca
     return step
 
 
-def transformers_text(config: TrainConfig, prompt_1xT: torch.Tensor) -> Callable[[], float]:
-    """Times NEW_TOKENS drawn tokens of GPT-2 with its KV cache."""
-    import transformers
-
-    c = config.model
-    gpt2 = transformers.GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.seq_len,
-        n_embd=c.d_model,
-        n_layer=c.n_layers,
-        n_head=c.n_heads,
-        activation_function={"erf": "gelu", "tanh": "gelu_pytorch_tanh"}[c.gelu],
-        tie_word_embeddings=c.tied_head,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model: Any = transformers.GPT2LMHeadModel(gpt2)
-    model = model.to(prompt_1xT.device, getattr(torch, c.dtype)).eval()
-    how = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW_TOKENS}
-    mask_1xT = torch.ones_like(prompt_1xT)
-    return lambda: timed(lambda: model.generate(prompt_1xT, attention_mask=mask_1xT, **how))
-
-
 def course_step(model: Model5, config: TrainConfig) -> Callable:
     optimizer = make_optimizer(model, config.optimizer)
     scheduler = make_scheduler(optimizer, config.optimizer, config.steps)
     return lambda windows: train_step(model, optimizer, scheduler, windows, config)["loss"]
 
 
-def trained(variant: str, config: TrainConfig, device: torch.device) -> tuple[Model5, Callable]:
+def trained(variant: str, config: TrainConfig, device: torch.device) -> tuple[Any, Callable]:
     """The model, and its step: windows [B, L + 1] -> loss."""
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     if variant == "course":
         model = Model5(config.model).to(device, dtype)
         return model, course_step(model, config)
-    tuned = TunedModel5(config.model).to(device, dtype)
+    kind = TransformersModel5 if variant == "transformers" else TunedModel5
+    tuned = kind(config.model).to(device, dtype)
     return tuned, tuned_step(tuned, config, is_compiled=variant == "compile")
+
+
+def text_writer(
+    variant: str, model: Any, corpus: Corpus, config: TrainConfig, device: torch.device
+) -> Callable[[int], float]:
+    """Times a batch of texts after P tokens each."""
+
+    def write(prompt: int) -> float:
+        B, n = config.batch_size, min(NEW_TOKENS, config.model.seq_len - prompt)
+        tokens = corpus.tokens_T[: B * prompt].astype("int64").reshape(B, prompt)
+        prompt_BxT = torch.from_numpy(tokens).to(device)
+        if variant == "transformers":
+            return timed(lambda: model.write(prompt_BxT, n))
+        with autocast(prompt_BxT, config):
+            return timed(lambda: generate(model, prompt_BxT, n))
+
+    return write
 
 
 def main() -> None:
@@ -153,29 +215,12 @@ def main() -> None:
         config = parse(args, "torch_ref.bench")
         require_plain(config)
         corpus = load_corpus(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
-    prompt_1xT = torch.from_numpy(corpus.tokens_T[None, :PROMPT_TOKENS].astype("int64")).to(device)
-    if variant == "transformers":
-        serve_transformers(config, prompt_1xT)
-    else:
-        serve_trained(variant, config, corpus, prompt_1xT)
+    serve_trained(variant, config, corpus)
 
 
-def serve_transformers(config: TrainConfig, prompt_1xT: torch.Tensor) -> None:
-    L, n = config.model.seq_len, PROMPT_TOKENS + NEW_TOKENS
-    with one_line_errors():
-        fix = f"GPT-2 of transformers writes {n} tokens into one window"
-        require(n <= L, "model.seq_len", L, fix)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    text = transformers_text(config, prompt_1xT)
-    serve({"versions": versions}, None, {"generate": text}, None)
-
-
-def serve_trained(
-    variant: str, config: TrainConfig, corpus: Corpus, prompt_1xT: torch.Tensor
-) -> None:
-    device = prompt_1xT.device
+def serve_trained(variant: str, config: TrainConfig, corpus: Corpus) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, train = trained(variant, config, device)
     step = 0
 
@@ -191,16 +236,11 @@ def serve_trained(
     about = {
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
-        "versions": {"torch": torch.__version__},
+        "versions": {"torch": torch.__version__, **getattr(model, "versions", {})},
     }
-
-    def write_text() -> torch.Tensor:
-        with autocast(prompt_1xT, config):
-            return generate(model, prompt_1xT, NEW_TOKENS)
-
-    runs = {
+    runs: dict[str, Callable[..., float]] = {
         "eval": lambda: timed(lambda: eval_step(model, test_batch, config)),
-        "generate": lambda: timed(write_text),
+        "generate": text_writer(variant, model, corpus, config, device),
     }
     first_batch = torch.from_numpy(train_batch(corpus, config, 0)).to(device)
     serve(about, run_steps, runs, lambda path: initial_loss(model, first_batch, config, path))
@@ -208,26 +248,28 @@ def serve_trained(
 
 def serve(
     about: dict[str, Any],
-    run_steps: Callable[[int], float] | None,
-    runs: dict[str, Callable[[], float]],
-    initial_loss: Callable[[str], float] | None,
+    run_steps: Callable[[int], float],
+    runs: dict[str, Callable[..., float]],
+    initial_loss: Callable[[str], float],
 ) -> None:
     """As jax_model5/bench/measure.py's: the first run of each kind is a warm-up."""
     print(json.dumps(about), flush=True)
     warm: set[str] = set()
     for line in sys.stdin:
         kind, argument = line.rstrip("\n").split(" ", 1)
-        if kind == "loss" and initial_loss:
+        if kind == "loss":
             print(json.dumps({"loss": initial_loss(argument)}), flush=True)
             continue
-        if kind == "step" and run_steps:
+        if kind == "step":
             seconds = [run_steps(int(argument))]
             print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue
+        is_text, number = kind == "generate", int(argument)
+        run = functools.partial(runs[kind], number) if is_text else runs[kind]
         if kind not in warm:
-            runs[kind]()
+            run()
             warm.add(kind)
-        seconds = [runs[kind]() for _ in range(int(argument))]
+        seconds = [run() for _ in range(1 if is_text else number)]
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 
@@ -241,7 +283,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def initial_loss(
-    model: Model5, windows_BxL1: torch.Tensor, config: TrainConfig, path: str
+    model: torch.nn.Module, windows_BxL1: torch.Tensor, config: TrainConfig, path: str
 ) -> float:
     """Loss of a batch, dropout off, at the weights that JAX wrote to `path`."""
     weights = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
@@ -250,9 +292,10 @@ def initial_loss(
     n = n_last(config)
     with autocast(windows_BxL1, config):
         tokens_BxL = windows_BxL1[:, :-1]
-        is_tuned = isinstance(model, TunedModel5)
-        logits_BxNxV = model(tokens_BxL, n) if is_tuned else model(tokens_BxL)
-    return loss(logits_BxNxV.to(model.wte.weight.dtype), windows_BxL1[:, 1:], n).item()
+        is_course = type(model) is Model5
+        logits_BxNxV = model(tokens_BxL) if is_course else model(tokens_BxL, n)
+    dtype = next(model.parameters()).dtype
+    return loss(logits_BxNxV.to(dtype), windows_BxL1[:, 1:], n).item()
 
 
 def peak_bytes() -> int:

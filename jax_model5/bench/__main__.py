@@ -17,7 +17,7 @@ import jax
 from jax_model5 import record
 from jax_model5.bench import cases, measure, report
 from jax_model5.bench.generation import TEXT_PEERS, measure_generation
-from jax_model5.bench.peers import course, ended, flax, ours, tuned
+from jax_model5.bench.peers import course, ended, flax, ours, transformers, tuned
 from jax_model5.bench.rounds import (
     Program,
     fraction,
@@ -41,7 +41,7 @@ from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.losses import n_last
 from jax_model5.startup import note
 
-STEP_PEERS = ("course", "tuned", "flax")
+STEP_PEERS = ("course", "tuned", "flax", "transformers")
 _EVALS, _MATMULS = 3, 10
 
 
@@ -54,15 +54,17 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--objective", choices=["final_token", "all_tokens"], help=knob)
     parser.add_argument("--gelu", choices=["erf", "tanh"], help=knob)
     parser.add_argument("--remat", choices=["none", "dots", "full"], help=knob)
+    parser.add_argument("--batch", type=int, help=f"sequences of a step, {knob}, or texts")
     parser.add_argument("--accumulate", type=int, help=f"micro-batches a step, {knob}")
     dtypes = "repeat it to measure each; default: the case's own"
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
     peers = "time another too: PyTorch as the course writes it, the fastest we know, plain Flax"
-    peers += ", of a text also transformers; repeat it for more"
+    peers += ", GPT-2 of transformers; repeat it for more"
     names = [*dict.fromkeys((*STEP_PEERS, *TEXT_PEERS))]
     parser.add_argument("--peer", action="append", default=[], choices=names, help=peers)
     text = "time the writing of a text of 200 tokens instead"
     parser.add_argument("--generate", action="store_true", help=text)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens before a text; default 16")
     parser.add_argument("--sweep", choices=list(cases.SWEEPS), help="cost against this, no peers")
     rounds = "times that each program has its turn; default 5"
     parser.add_argument("--rounds", type=int, default=5, help=rounds)
@@ -71,9 +73,10 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)
     options = parser.parse_args(args)
-    require_at_least_1(options, "rounds", "steps")
-    if options.sweep == "batch" and options.accumulate:
-        raise UserError(f"accumulate={options.accumulate}: the batch is swept without it")
+    require_at_least_1(options, "rounds", "steps", "prompt")
+    for name in ("accumulate", "batch") if options.sweep == "batch" else ():
+        value = getattr(options, name)
+        require(value is None, name, value, "the batch is swept without it")
     if options.peer and options.sweep:
         raise UserError(f"sweep={options.sweep!r}: a sweep has no peers; leave out --peer")
     if options.generate and options.sweep:
@@ -132,6 +135,7 @@ def configure(options: argparse.Namespace, platform_name: str) -> TrainConfig:
             f"dtype={dtypes[1]!r}: a sweep, a text and a TPU take one --dtype at a time"
         )
     fields = {name: getattr(options, name) for name in ("objective", "accumulate")}
+    fields["batch_size"] = options.batch or (1 if options.generate else None)
     config = dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
     knobs = {"dtype": dtypes[0], "gelu": options.gelu, "remat": options.remat}
     return cases.with_model(config, **{k: v for k, v in knobs.items() if v is not None})
@@ -142,9 +146,10 @@ def file_name(options: argparse.Namespace, config: TrainConfig) -> str:
     knobs = [Path(options.case).stem, config.objective, *(options.dtype or [])]
     knobs += [f"gelu_{options.gelu}"] if options.gelu else []
     knobs += [f"remat_{options.remat}"] if options.remat else []
+    knobs += [f"batch_{options.batch}"] if options.batch else []
     knobs += [f"accumulate_{options.accumulate}"] if options.accumulate else []
     knobs += [f"sweep_{options.sweep}"] if options.sweep else []
-    knobs += ["generate"] if options.generate else []
+    knobs += [f"generate_{options.prompt}"] if options.generate else []
     return "_".join(knobs)
 
 
@@ -165,9 +170,10 @@ def compare(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> 
         if "course" in options.peer:
             programs.append(course(config, dtypes[0], scratch))
             note(f"{programs[-1].name}: first step done")
-        for dtype in dtypes if "flax" in options.peer else ():
-            programs.append(flax(config, dtype, scratch))
-            note(f"{programs[-1].name}: first step done")
+        for name, start in (("flax", flax), ("transformers", transformers)):
+            for dtype in dtypes if name in options.peer else ():
+                programs.append(start(config, dtype, scratch))
+                note(f"{programs[-1].name}: first step done")
         if "tuned" in options.peer:
             programs += [tuned(config, dtype, options.steps, scratch) for dtype in dtypes]
         requests = {p.name: {"step": options.steps} for p in programs}
@@ -281,7 +287,11 @@ def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> di
 
 def write_text(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
     """Our generation against its peers."""
-    programs, result = measure_generation(config, options.peer, options.rounds, scratch)
+    L = config.model.seq_len
+    require(options.prompt < L, "prompt", options.prompt, f"the window is model.seq_len={L}")
+    programs, result = measure_generation(
+        config, options.prompt, options.peer, options.rounds, scratch
+    )
     return about(options, config, programs) | result
 
 

@@ -7,7 +7,7 @@ from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.errors import require
 
 SMALL = TrainConfig()
-PROMPT_TOKENS, NEW_TOKENS = 16, 200  # of the text that is written
+NEW_TOKENS = 200  # of a text, or as many as the window holds
 SWEEPS = {
     "batch": (1, 2, 4, 8, 16, 32),
     "seq": (32, 64, 128, 256, 512),
@@ -35,6 +35,11 @@ def case(name: str, platform: str) -> TrainConfig:
     is_file = Path(name).expanduser().is_file()
     require(is_file, "case", name, "use small, model5, or the path of a config file")
     return parse(["--config", name], "jax_model5.bench")
+
+
+def new_tokens(config: TrainConfig, prompt: int) -> int:
+    """How many are written after a prompt of so many."""
+    return min(NEW_TOKENS, config.model.seq_len - prompt)
 
 
 def with_model(config: TrainConfig, **fields: object) -> TrainConfig:

@@ -1,25 +1,29 @@
-"""Seconds to write a text, with our KV cache, the course's loop and transformers."""
+"""Seconds to write a batch of texts: our KV cache, the course's loop, transformers."""
 
 import itertools
 import statistics
 from pathlib import Path
 from typing import Any
 
-from jax_model5.bench.cases import NEW_TOKENS
+import jax.numpy as jnp
+
+from jax_model5.bench.cases import new_tokens
 from jax_model5.bench.peers import course, ended, ours, transformers
 from jax_model5.bench.rounds import in_turn, ratio, require_one_device, summary
 from jax_model5.config import TrainConfig
+from jax_model5.generate import of_text
 
 TEXT_PEERS = {"course": course, "transformers": transformers}
 _READS = 5
 
 
 def measure_generation(
-    config: TrainConfig, peers: list[str], rounds: int, scratch: Path
+    config: TrainConfig, prompt: int, peers: list[str], rounds: int, scratch: Path
 ) -> tuple[list[Any], dict[str, Any]]:
     """The programs that ran (ours first), their times, ratios, and our share of the bound.
 
-    The bound is a token in the time that reading all weights takes.
+    The bound is a token of each text in the time that reading all weights takes, and the cache of
+    a text half written at the same rate.
     """
     dtype = config.model.dtype
     programs = [ours(config, dtype, scratch)]
@@ -27,17 +31,23 @@ def measure_generation(
         for peer in dict.fromkeys(peers):
             require_one_device(programs[0])
             programs.append(TEXT_PEERS[peer](config, dtype, scratch))
-        requests = {p.name: {"generate": 1} for p in programs}
+        requests = {p.name: {"generate": prompt} for p in programs}
         requests[programs[0].name]["read"] = _READS
         times = in_turn(programs, rounds, requests)
-    rows = [_row(name, times[name]["generate"]) for name in times]
+    B, n = config.batch_size, new_tokens(config, prompt)
+    rows = [_row(name, times[name]["generate"], B * n) for name in times]
     first = rows[0]
     read_s = statistics.median(itertools.chain.from_iterable(times[first["name"]]["read"]))
-    first["text_dtype"] = programs[0].about["text_dtype"]
-    first["of_bound"] = first["tokens_per_s"] * read_s
+    about = programs[0].about
+    first["text_dtype"] = about["text_dtype"]
+    bound_s = read_s * (1 + _cache_bytes(config, prompt + n / 2) / about["text_bytes"])
+    first["of_bound"] = first["tokens_per_s"] / B * bound_s
     return programs, {
-        "generated_tokens": NEW_TOKENS,
+        "texts": B,
+        "prompt_tokens": prompt,
+        "generated_tokens": n,
         "read_weights_s": read_s,
+        "bound_s": bound_s,
         "programs": rows,
         "ratios": [
             {"ours": first["name"], "theirs": row["name"], **ratio(first["rounds"], row["rounds"])}
@@ -46,7 +56,13 @@ def measure_generation(
     }
 
 
-def _row(name: str, rounds: list[list[float]]) -> dict[str, Any]:
+def _row(name: str, rounds: list[list[float]], n_tokens: int) -> dict[str, Any]:
     seconds = summary([one for each in rounds for one in each])
-    rate = NEW_TOKENS / seconds["median"]
+    rate = n_tokens / seconds["median"]
     return {"name": name, "rounds": rounds, "seconds": seconds, "tokens_per_s": rate}
+
+
+def _cache_bytes(config: TrainConfig, length: float) -> float:
+    """Of the keys and values of all texts at this length, in float32 where a CPU writes them."""
+    c = of_text(config.model)
+    return 2 * config.batch_size * c.n_layers * length * c.d_model * jnp.dtype(c.dtype).itemsize

@@ -1,12 +1,14 @@
 """One program of the benchmark, in a process of its own: our training step, timed on request.
 
 It prints a JSON object when its first step is done, then one for each line `step N`, `eval N`,
-`matmul N`, `generate N`, `read N` or `loss PATH` of standard input: the seconds of N runs, each
-ended by a synchronization (of N steps, as in training, only the last: one figure, their mean), or
-the loss of the first batch at the initial weights, which it writes to PATH.
+`matmul N`, `read N`, `generate P` or `loss PATH` of standard input: the seconds of N runs, each
+ended by a synchronization (of N steps, as in training, only the last: one figure, their mean), of a
+batch of texts after P tokens each, or the loss of the first batch at the initial weights, which it
+writes to PATH.
 """
 
 import dataclasses
+import functools
 import json
 import resource
 import sys
@@ -20,15 +22,16 @@ import numpy as np
 import optax
 
 from jax_model5.batches import test_batches, train_batch
-from jax_model5.bench.cases import NEW_TOKENS, PROMPT_TOKENS
-from jax_model5.config import TrainConfig, parse
+from jax_model5.bench.cases import new_tokens
+from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import one_line_errors
-from jax_model5.generate import Sampling, generate, of_text, prepared
+from jax_model5.generate import Sampling, generate, of_text, prepared, unstack
 from jax_model5.losses import n_last, position_losses
 from jax_model5.programs import Programs, steps
 from jax_model5.startup import memory_errors, set_up_jax
-from jax_model5.trees import to_layout
+from jax_model5.step import abstract_state
+from jax_model5.trees import n_bytes, to_layout
 
 _ENDLESS = 10**9  # steps: the program runs until nobody asks any more
 _PRODUCTS = 8  # pairs of matrix products in one timed call, so that its start does not count
@@ -71,11 +74,14 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
         "platform": jax.default_backend(),
         "n_devices": programs.mesh.size,
         "text_dtype": of_text(config.model).dtype,
+        "text_bytes": text_bytes(config.model),
     }
-    runs = {
+    runs: dict[str, Callable[..., float]] = {
         "eval": lambda: timed(lambda: programs.test(state.params, tests)),
         "matmul": matmul(config, programs.mesh.size),
-        "generate": lambda: timed(lambda: write_text(state.params, corpus, programs, config)),
+        "generate": lambda prompt: timed(
+            lambda: write_texts(state.params, corpus, programs, config, prompt)
+        ),
         "read": lambda: read_weights(state.params, config),
     }
     serve(about, run_steps, runs, lambda path: initial_loss(config, corpus, programs, path))
@@ -84,7 +90,7 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
 def serve(
     about: dict[str, Any],
     run_steps: Callable[[int], float],
-    runs: dict[str, Callable[[], float]],
+    runs: dict[str, Callable[..., float]],
     loss: Callable[[str], float] | None = None,
 ) -> None:
     """Answers until standard input ends. The first run of each kind is a warm-up, not timed."""
@@ -99,10 +105,12 @@ def serve(
             seconds = [run_steps(int(argument))]
             print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue
+        is_text, number = kind == "generate", int(argument)
+        run = functools.partial(runs[kind], number) if is_text else runs[kind]
         if kind not in warm:
-            runs[kind]()
+            run()
             warm.add(kind)
-        seconds = [runs[kind]() for _ in range(int(argument))]
+        seconds = [run() for _ in range(1 if is_text else number)]
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 
@@ -113,29 +121,39 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def write_text(
-    params: dict, corpus: Corpus, programs: Programs, config: TrainConfig
+def write_texts(
+    params: dict, corpus: Corpus, programs: Programs, config: TrainConfig, prompt: int
 ) -> list[np.ndarray]:
-    """NEW_TOKENS tokens, drawn after the first PROMPT_TOKENS of the corpus."""
+    """A batch of texts, drawn after the first tokens of the corpus, `prompt` of them each."""
+    B = config.batch_size
     return list(
         generate(
             params,
-            corpus.tokens_T[None, :PROMPT_TOKENS].tolist(),
+            corpus.tokens_T[: B * prompt].reshape(B, prompt).tolist(),
             programs.key,
             config=config.model,
             sampling=Sampling(),
-            n_tokens=NEW_TOKENS,
+            n_tokens=new_tokens(config, prompt),
         )
     )
 
 
 def read_weights(params: dict, config: TrainConfig) -> float:
     """Seconds to read what every token of a text reads, at the speed of memory: to add it up."""
-    unstacked, _ = prepared(params, config.model)
-    rows_only = ("wte", "wpe")  # of these a token reads one row
-    read = {name: leaves for name, leaves in unstacked.items() if name not in rows_only}
-    jax.block_until_ready(read)
+    read = jax.block_until_ready(_of_a_token(prepared(params, config.model)[0]))
     return timed(lambda: _sum(read))
+
+
+def _of_a_token(unstacked: dict) -> dict:
+    """The weights that every token of a text reads whole: of these two it reads one row."""
+    return {name: leaves for name, leaves in unstacked.items() if name not in ("wte", "wpe")}
+
+
+def text_bytes(config: ModelConfig) -> int:
+    """Of the weights that every token reads."""
+    params = abstract_state(TrainConfig(model=config)).params
+    unstacked = jax.eval_shape(functools.partial(unstack, config=of_text(config)), params)
+    return n_bytes(_of_a_token(unstacked))
 
 
 @jax.jit

@@ -36,7 +36,7 @@ def flax(config: TrainConfig, dtype: str, scratch: Path) -> Program:
 
 
 def transformers(config: TrainConfig, dtype: str, scratch: Path) -> Program:
-    """GPT-2 of Hugging Face's package, which only writes texts."""
+    """GPT-2 of Hugging Face's package in the place of our model."""
     return _torch("transformers", config, dtype, scratch)
 
 

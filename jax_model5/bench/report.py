@@ -44,15 +44,16 @@ def print_table(result: dict[str, Any]) -> None:
 def print_generation(result: dict[str, Any]) -> None:
     """One line a program; then the bound and the ratios."""
     for row in result["programs"]:
-        seconds = row["seconds"]
+        seconds, n = row["seconds"], f"{result['texts']} x {result['generated_tokens']}"
         print(
-            f"{row['name']}: {result['generated_tokens']} tokens in {seconds['median']:.3g} s "
+            f"{row['name']}: {n} tokens in {seconds['median']:.3g} s "
             f"({seconds['q1']:.3g}-{seconds['q3']:.3g}), {row['tokens_per_s']:,.1f} tokens/s"
         )
-    first, read_s = result["programs"][0], result["read_weights_s"]
+    first, bound_s = result["programs"][0], result["bound_s"]
     print(
-        f"all weights read in {1e3 * read_s:.3g} ms, at most {1 / read_s:,.1f} tokens/s: "
-        f"{first['name']} writes {first['of_bound']:.0%} of them"
+        f"all weights and the cache read in {1e3 * bound_s:.3g} ms, at most "
+        f"{result['texts'] / bound_s:,.1f} tokens/s: {first['name']} writes "
+        f"{first['of_bound']:.0%} of them"
     )
     for line in ratio_lines(result):
         print(line)
@@ -108,6 +109,8 @@ def plot_programs(result: dict[str, Any], path: Path, unit: str) -> None:
     ax.set_xlabel(f"seconds a {what} (bar: median, whisker: quartiles)")
     config = result["config"]
     shape = f"batch {config['batch_size']} x {config['model']['seq_len']}"
+    if unit != "step":
+        shape = f"{result['texts']} texts, prompt {result['prompt_tokens']}"
     case, device = Path(result["case"]).name, result["machine"]["device"]
     ax.set_title(f"{case}, {config['objective']}, {shape}: {device}")
     figure.savefig(path, dpi=110)
