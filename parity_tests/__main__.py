@@ -14,9 +14,8 @@ import portproof
 from jax_model5.config import TrainConfig
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_torch
 
-if __name__ in ("__main__", "__mp_main__"):  # the second is the process beside it
-    jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
 if __name__ == "__main__":  # before what imports it
+    jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     with one_line_errors():
         require_torch("command", "python -m parity_tests")
 

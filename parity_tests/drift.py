@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import numpy as np
 from jax_model5 import step
 from jax_model5.config import TrainConfig
 from parity_tests import ladder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIDES = ("JAX", "PyTorch")
 _DISTANCES = {
@@ -111,7 +114,7 @@ def _pair(config: TrainConfig, dtype: str) -> ladder.Pair:
         return ladder.Pair(own, params=params)
 
 
-def plot(drifts: Sequence[Drift]) -> Any:
+def plot(drifts: Sequence[Drift]) -> "Figure":
     """Distances after each step, and the band that rounding alone explains."""
     from matplotlib.figure import Figure  # a second to import, of a report that takes thirty
 

@@ -301,10 +301,14 @@ def loss(config: TrainConfig) -> Comparisons:
 
 
 def gradients(config: TrainConfig) -> Comparisons:
-    """The gradient of every leaf: ||a - b|| / ||b||; that of the keys' bias is 0 on both sides."""
+    """The gradient of every leaf: ||a - b|| / ||b||; that of the keys' bias is 0 on both sides.
+
+    Of twice the loss, which is exact, so that a loss that is given counts.
+    """
     pair = Pair(config)
-    _, ours = _loss_and_gradients(pair.state(), pair.key, pair.windows, config=config)
-    _torch_loss(pair).backward()
+    how = {"config": config, "loss": _twice}
+    _, ours = _loss_and_gradients(pair.state(), pair.key, pair.windows, **how)
+    (2 * _torch_loss(pair)).backward()
     theirs = {name: tensor.grad for name, tensor in pair.named_parameters().items()}
     expected = bridge.flat(bridge.from_torch(theirs, config.model))
     for name, leaf in bridge.flat(ours).items():
@@ -315,7 +319,11 @@ def gradients(config: TrainConfig) -> Comparisons:
             yield f"{name}, keys", np.stack(keys) / norm, np.zeros((2, *keys[0].shape))
 
 
-_loss_and_gradients = jax.jit(step.loss_and_gradients, static_argnames="config")
+def _twice(logits_BxCxV: jax.Array, targets_BxC: jax.Array) -> jax.Array:
+    return 2 * losses.nll(logits_BxCxV, targets_BxC)
+
+
+_loss_and_gradients = jax.jit(step.loss_and_gradients, static_argnames=("config", "loss"))
 
 
 def _torch_loss(pair: Pair) -> torch.Tensor:
@@ -546,12 +554,16 @@ def _is_product_rounded_once(axes: str, a: jax.Array, b: jax.Array) -> jax.Array
 
 
 def on_devices(config: TrainConfig) -> Comparisons:
-    """Two steps and a test on 2 x 2 devices against one device; none where there are fewer."""
+    """Two steps and a test on 2 x 2 devices against one device; none where there are fewer.
+
+    A leaf is frozen: it is placed, and gathered, by a way of its own.
+    """
     if len(jax.devices()) < 4:
         return
     two_layers = dataclasses.replace(config.model, n_layers=2, remat="none")
+    frozen = dataclasses.replace(config.optimizer, freeze=("wpe",))
     mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 8}
-    config = dataclasses.replace(config, model=two_layers, steps=2, **mesh)
+    config = dataclasses.replace(config, model=two_layers, steps=2, optimizer=frozen, **mesh)
     pair, four = Pair(config), programs.Programs(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, four.abstract_state)
     alone = pair.state()

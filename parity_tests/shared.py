@@ -1,6 +1,6 @@
 """The report's stages, shared by this process and one beside it: most of their time is tracing."""
 
-import concurrent.futures
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 
 import jax
 
@@ -15,6 +16,9 @@ from jax_model5.config import DataConfig, TrainConfig
 from jax_model5.errors import UserError
 from jax_model5.startup import keep_programs
 from parity_tests import COMPILE_FAST, faults, report
+
+Task = tuple[TrainConfig, int]  # and the number of its stage
+_PLANTED = contextlib.ExitStack()  # in the process beside, as long as it lives
 
 
 def rows(
@@ -26,41 +30,65 @@ def rows(
     """
     tasks = [(config, i) for config in configs for i, _ in enumerate(report.stages(config))]
     pool = _process(device, fault)
+    gc.disable()  # walking JAX's graphs is an eighth of the time
     try:
-        last = [pool.submit(_stage, *task) for task in tasks[::-1]] if device == "cpu" else []
+        last = _submitted(pool, tasks[::-1]) if device == "cpu" else []
         ended = None
         for task, other in itertools.zip_longest(tasks, last[::-1]):
             if task[0] == ended:
                 continue
-            found = _stage(*task) if other is None or other.cancel() else other.result()
+            found = _found(task, other)
             yield from found
             ended = task[0] if any(map(report.is_end, found)) else ended
     finally:
+        gc.enable()
+        for child in multiprocessing.active_children():
+            child.kill()
         pool.shutdown(cancel_futures=True)
 
 
-def _stage(config: TrainConfig, index: int) -> list[report.Row]:
+def _submitted(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> list[Future]:
+    """The process that this starts does not heed Ctrl-C: this one ends it."""
+    heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return [pool.submit(_stage, task) for task in tasks]
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+
+
+def _found(task: Task, other: Future | None) -> list[report.Row]:
+    if other is None or other.cancel():
+        return _stage(task)
+    try:
+        return other.result()
+    except BrokenExecutor:  # killed, for want of memory say
+        return _stage(task)
+
+
+def _stage(task: Task) -> list[report.Row]:
+    config, index = task
     name, stage = list(report.stages(config))[index]
     return list(report.named(name, stage, config))
 
 
-def _process(device: str, fault: faults.Fault | None) -> concurrent.futures.ProcessPoolExecutor:
+def _process(device: str, fault: faults.Fault | None) -> ProcessPoolExecutor:
     name = fault.name if fault else None
     spawn = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    return concurrent.futures.ProcessPoolExecutor(1, spawn, _prepare, (device, name))
+    return ProcessPoolExecutor(1, spawn, _prepare, (device, name))
 
 
 def _prepare(device: str, fault: str | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     use_device(device)
-    for planted in faults.FAULTS:
-        if planted.name == fault:
-            planted.plant().__enter__()
+    gc.disable()
+    for known in faults.FAULTS:
+        if known.name == fault:
+            _PLANTED.enter_context(known.plant())
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # killed, it tells nobody
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]  # killed, it tells nobody
     os._exit(1)
 
 
@@ -72,7 +100,6 @@ def use_device(name: str) -> None:
     jax.config.update("jax_platforms", "cuda" if name == "gpu" else name)
     keep_programs(DataConfig().cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a thousand small ones
-    gc.disable()  # walking JAX's graphs is an eighth of the time, and the process is short
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # the second where no plugin of it is installed

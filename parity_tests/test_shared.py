@@ -1,6 +1,7 @@
 """The report of two processes: the rows of one process, in order, and no process left behind."""
 
 import itertools
+import multiprocessing
 import signal
 import time
 from pathlib import Path
@@ -31,13 +32,46 @@ def test_two_processes_give_the_rows_of_one_in_order():
     assert all(row.passed for row in two)
 
 
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("fast variance (Flax's default)", "ln_f at mean 300"),
+        ("biases not decayed", "optimizer"),  # a generator: it ends when nobody holds it
+    ],
+)
+def test_the_process_beside_has_the_fault_too(name, stage):
+    every = [each for each, _ in report.stages(CONFIGS[1])]
+    fault = next(fault for fault in faults.FAULTS if fault.name == name)
+    with shared._process("cpu", fault) as process:
+        rows = process.submit(shared._stage, (CONFIGS[1], every.index(stage))).result()
+    assert rows[-1].stage == stage
+    assert not all(row.passed for row in rows)
+
+
+def test_the_process_beside_has_four_devices():
+    every = [each for each, _ in report.stages(CONFIGS[0])]
+    with shared._process("cpu", None) as process:
+        rows = process.submit(shared._stage, (CONFIGS[0], every.index("four devices"))).result()
+    assert len(rows) > 30
+
+
 @pytest.mark.usefixtures("_three_stages")
-def test_the_process_beside_has_the_fault_too():
-    """Here it is not planted: what differs is the other one's."""
-    fault = next(fault for fault in faults.FAULTS if fault.name.startswith("fast variance"))
-    rows = list(shared.rows(CONFIGS, "cpu", fault))
-    assert rows[-1].stage == "ln_f at mean 300"
-    assert not rows[-1].passed
+def test_what_a_killed_process_leaves_is_measured_here(monkeypatch):
+    submitted = shared._submitted
+
+    def submitted_and_killed(*args):
+        futures = submitted(*args)
+        for child in multiprocessing.active_children():
+            child.kill()
+        return futures
+
+    monkeypatch.setattr(shared, "_submitted", submitted_and_killed)
+    rows = list(shared.rows(CONFIGS[1:], "cpu", None))
+    assert list(dict.fromkeys(row.stage for row in rows)) == [
+        "parameters",
+        "operations",
+        "ln_f at mean 300",
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the other process there")
