@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jax_model5.batches import test_batches, train_batch
 from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
-from jax_model5.errors import UserError, one_line_errors
+from jax_model5.errors import UserError, one_line_errors, require
 from torch_ref.generate import generate
 from torch_ref.loss import loss, n_last
 from torch_ref.model import Model5
@@ -94,7 +94,10 @@ class TransformersModel5(torch.nn.Module):
         import transformers  # seconds to import, and only its peer needs it
 
         super().__init__()
-        self.config = config
+        self.config, rate = config, config.dropout_at("mlp")
+        is_one = config.dropout_at("attention_output") == rate
+        fix = "GPT-2 of transformers has one rate after attention and MLP; name both or neither"
+        require(is_one, "model.dropout_sites", config.dropout_sites, fix)
         shape = transformers.GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.seq_len,
@@ -105,20 +108,18 @@ class TransformersModel5(torch.nn.Module):
             tie_word_embeddings=config.tied_head,
             embd_pdrop=config.dropout_at("embedding"),
             attn_pdrop=config.dropout_at("attention"),
-            resid_pdrop=config.dropout_at("mlp"),
+            resid_pdrop=rate,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=0,
         )
         self.gpt2: Any = transformers.GPT2LMHeadModel(shape)
-        self.writers: list[Any] = []  # of texts, in the model's dtype; no part of this module
         self.versions = {"transformers": importlib.metadata.version("transformers")}
 
     def forward(self, tokens_BxL: torch.Tensor, n_last: int = 0) -> torch.Tensor:
         """N = 0: all positions."""
-        found = self.gpt2(tokens_BxL, logits_to_keep=n_last, use_cache=False)
-        scale = math.sqrt(self.config.d_model) if self.config.scale_logits else 1.0
-        return found.logits / scale
+        logits = self.gpt2(tokens_BxL, logits_to_keep=n_last, use_cache=False).logits
+        return logits / math.sqrt(self.config.d_model) if self.config.scale_logits else logits
 
     def load_state_dict(self, weights: Mapping[str, torch.Tensor]) -> Any:  # type: ignore[override]
         """Of our model, under our names."""
@@ -130,14 +131,15 @@ class TransformersModel5(torch.nn.Module):
             theirs[name] = weight.T if is_linear else weight
         return self.gpt2.load_state_dict(theirs)
 
-    def write(self, prompt_BxT: torch.Tensor, n_tokens: int) -> torch.Tensor:
-        """A text with its KV cache, in the model's dtype."""
-        if not self.writers:
-            dtype = getattr(torch, self.config.dtype)
-            self.writers.append(copy.deepcopy(self.gpt2).to(dtype).eval())
-        how = {"do_sample": True, "top_k": 0, "max_new_tokens": n_tokens}
-        mask_BxT = torch.ones_like(prompt_BxT)
-        return self.writers[0].generate(prompt_BxT, attention_mask=mask_BxT, **how)
+    def writer(self) -> Any:
+        """A copy for texts, in the model's dtype."""
+        return copy.deepcopy(self.gpt2).to(getattr(torch, self.config.dtype)).eval()
+
+
+def write_by_transformers(gpt2: Any, prompt_BxT: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """Texts with its KV cache."""
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": n_tokens}
+    return gpt2.generate(prompt_BxT, attention_mask=torch.ones_like(prompt_BxT), **how)
 
 
 def tuned_step(model: torch.nn.Module, config: TrainConfig, is_compiled: bool) -> Callable:
@@ -191,15 +193,17 @@ def trained(variant: str, config: TrainConfig, device: torch.device) -> tuple[An
 
 def text_writer(
     variant: str, model: Any, corpus: Corpus, config: TrainConfig, device: torch.device
-) -> Callable[[int], float]:
-    """Times a batch of texts after P tokens each."""
+) -> Callable[[int, int], float]:
+    """Times B texts at once after P tokens each."""
+    writers: list[Any] = []  # transformers' model in the dtype of texts
 
-    def write(prompt: int) -> float:
-        B, n = config.batch_size, min(NEW_TOKENS, config.model.seq_len - prompt)
+    def write(B: int, prompt: int) -> float:
+        n = min(NEW_TOKENS, config.model.seq_len - prompt)
         tokens = corpus.tokens_T[: B * prompt].astype("int64").reshape(B, prompt)
         prompt_BxT = torch.from_numpy(tokens).to(device)
         if variant == "transformers":
-            return timed(lambda: model.write(prompt_BxT, n))
+            writers[:] = writers or [model.writer()]
+            return timed(lambda: write_by_transformers(writers[0], prompt_BxT, n))
         with autocast(prompt_BxT, config):
             return timed(lambda: generate(model, prompt_BxT, n))
 
@@ -221,7 +225,8 @@ def main() -> None:
 
 def serve_trained(variant: str, config: TrainConfig, corpus: Corpus) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, train = trained(variant, config, device)
+    with one_line_errors():
+        model, train = trained(variant, config, device)
     step = 0
 
     def run_steps(count: int) -> float:
@@ -264,12 +269,12 @@ def serve(
             seconds = [run_steps(int(argument))]
             print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue
-        is_text, number = kind == "generate", int(argument)
-        run = functools.partial(runs[kind], number) if is_text else runs[kind]
+        is_text, numbers = kind == "generate", [*map(int, argument.split("x"))]
+        run = functools.partial(runs[kind], *numbers) if is_text else runs[kind]
         if kind not in warm:
             run()
             warm.add(kind)
-        seconds = [run() for _ in range(1 if is_text else number)]
+        seconds = [run() for _ in range(1 if is_text else numbers[0])]
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 

@@ -54,7 +54,9 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--objective", choices=["final_token", "all_tokens"], help=knob)
     parser.add_argument("--gelu", choices=["erf", "tanh"], help=knob)
     parser.add_argument("--remat", choices=["none", "dots", "full"], help=knob)
-    parser.add_argument("--batch", type=int, help=f"sequences of a step, {knob}, or texts")
+    parser.add_argument(
+        "--batch", type=int, help=f"sequences of a step, {knob}, or texts; default 1"
+    )
     parser.add_argument("--accumulate", type=int, help=f"micro-batches a step, {knob}")
     dtypes = "repeat it to measure each; default: the case's own"
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
@@ -73,7 +75,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)
     options = parser.parse_args(args)
-    require_at_least_1(options, "rounds", "steps", "prompt")
+    given = [name for name in ("batch", "accumulate") if getattr(options, name) is not None]
+    require_at_least_1(options, "rounds", "steps", "prompt", *given)
     for name in ("accumulate", "batch") if options.sweep == "batch" else ():
         value = getattr(options, name)
         require(value is None, name, value, "the batch is swept without it")
@@ -97,7 +100,9 @@ def main() -> None:
         options = parse_args(sys.argv[1:])
         config = configure(options, platform_of_jax())
         out = record.out_folder(options.out)
-        load_corpus(config)  # tokenized before any clock runs
+        corpus = load_corpus(config)  # tokenized before any clock runs
+        if options.generate:
+            require_prompts(options, config, len(corpus.tokens_T))
         record.commit()  # as it is now, whatever is edited while it runs
         with tempfile.TemporaryDirectory() as scratch:
             measure_it = sweep if options.sweep else write_text if options.generate else compare
@@ -135,7 +140,7 @@ def configure(options: argparse.Namespace, platform_name: str) -> TrainConfig:
             f"dtype={dtypes[1]!r}: a sweep, a text and a TPU take one --dtype at a time"
         )
     fields = {name: getattr(options, name) for name in ("objective", "accumulate")}
-    fields["batch_size"] = options.batch or (1 if options.generate else None)
+    fields["batch_size"] = None if options.generate else options.batch
     config = dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
     knobs = {"dtype": dtypes[0], "gelu": options.gelu, "remat": options.remat}
     return cases.with_model(config, **{k: v for k, v in knobs.items() if v is not None})
@@ -285,12 +290,19 @@ def sweep(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> di
     return circumstances | {"sweep": options.sweep, "points": points}
 
 
+def require_prompts(options: argparse.Namespace, config: TrainConfig, n_tokens: int) -> None:
+    """Raises UserError where the window, or the corpus, is too short for them."""
+    L, prompt, texts = config.model.seq_len, options.prompt, options.batch or 1
+    require(prompt < L, "prompt", prompt, f"the window is model.seq_len={L}")
+    fix = f"{texts} prompts of {prompt} tokens are more than the corpus, {n_tokens}; lower one"
+    require(texts * prompt <= n_tokens, "batch", texts, fix)
+
+
 def write_text(options: argparse.Namespace, config: TrainConfig, scratch: Path) -> dict[str, Any]:
     """Our generation against its peers."""
-    L = config.model.seq_len
-    require(options.prompt < L, "prompt", options.prompt, f"the window is model.seq_len={L}")
+    texts = options.batch or 1
     programs, result = measure_generation(
-        config, options.prompt, options.peer, options.rounds, scratch
+        config, texts, options.prompt, options.peer, options.rounds, scratch
     )
     return about(options, config, programs) | result
 

@@ -11,14 +11,13 @@ from jax_model5.bench.cases import new_tokens
 from jax_model5.bench.peers import course, ended, ours, transformers
 from jax_model5.bench.rounds import in_turn, ratio, require_one_device, summary
 from jax_model5.config import TrainConfig
-from jax_model5.generate import of_text
 
 TEXT_PEERS = {"course": course, "transformers": transformers}
 _READS = 5
 
 
 def measure_generation(
-    config: TrainConfig, prompt: int, peers: list[str], rounds: int, scratch: Path
+    config: TrainConfig, texts: int, prompt: int, peers: list[str], rounds: int, scratch: Path
 ) -> tuple[list[Any], dict[str, Any]]:
     """The programs that ran (ours first), their times, ratios, and our share of the bound.
 
@@ -31,19 +30,22 @@ def measure_generation(
         for peer in dict.fromkeys(peers):
             require_one_device(programs[0])
             programs.append(TEXT_PEERS[peer](config, dtype, scratch))
-        requests = {p.name: {"generate": prompt} for p in programs}
+        requests: dict[str, dict[str, object]] = {
+            p.name: {"generate": f"{texts}x{prompt}"} for p in programs
+        }
         requests[programs[0].name]["read"] = _READS
         times = in_turn(programs, rounds, requests)
-    B, n = config.batch_size, new_tokens(config, prompt)
-    rows = [_row(name, times[name]["generate"], B * n) for name in times]
+    n = new_tokens(config, prompt)
+    rows = [_row(name, times[name]["generate"], texts * n) for name in times]
     first = rows[0]
     read_s = statistics.median(itertools.chain.from_iterable(times[first["name"]]["read"]))
     about = programs[0].about
     first["text_dtype"] = about["text_dtype"]
-    bound_s = read_s * (1 + _cache_bytes(config, prompt + n / 2) / about["text_bytes"])
-    first["of_bound"] = first["tokens_per_s"] / B * bound_s
+    cached = texts * (prompt + n / 2) * _cache_bytes(config, about["text_dtype"])
+    bound_s = read_s * (1 + cached / about["text_bytes"])
+    first["of_bound"] = first["tokens_per_s"] / texts * bound_s
     return programs, {
-        "texts": B,
+        "texts": texts,
         "prompt_tokens": prompt,
         "generated_tokens": n,
         "read_weights_s": read_s,
@@ -62,7 +64,6 @@ def _row(name: str, rounds: list[list[float]], n_tokens: int) -> dict[str, Any]:
     return {"name": name, "rounds": rounds, "seconds": seconds, "tokens_per_s": rate}
 
 
-def _cache_bytes(config: TrainConfig, length: float) -> float:
-    """Of the keys and values of all texts at this length, in float32 where a CPU writes them."""
-    c = of_text(config.model)
-    return 2 * config.batch_size * c.n_layers * length * c.d_model * jnp.dtype(c.dtype).itemsize
+def _cache_bytes(config: TrainConfig, dtype: str) -> int:
+    """Of a position's keys and values."""
+    return 2 * config.model.n_layers * config.model.d_model * jnp.dtype(dtype).itemsize

@@ -1,9 +1,9 @@
 """One program of the benchmark, in a process of its own: our training step, timed on request.
 
 It prints a JSON object when its first step is done, then one for each line `step N`, `eval N`,
-`matmul N`, `read N`, `generate P` or `loss PATH` of standard input: the seconds of N runs, each
-ended by a synchronization (of N steps, as in training, only the last: one figure, their mean), of a
-batch of texts after P tokens each, or the loss of the first batch at the initial weights, which it
+`matmul N`, `read N`, `generate BxP` or `loss PATH` of standard input: the seconds of N runs, each
+ended by a synchronization (of N steps, as in training, only the last: one figure, their mean), of B
+texts at once after P tokens each, or the loss of the first batch at the initial weights, which it
 writes to PATH.
 """
 
@@ -30,7 +30,6 @@ from jax_model5.generate import Sampling, generate, of_text, prepared, unstack
 from jax_model5.losses import n_last, position_losses
 from jax_model5.programs import Programs, steps
 from jax_model5.startup import memory_errors, set_up_jax
-from jax_model5.step import abstract_state
 from jax_model5.trees import n_bytes, to_layout
 
 _ENDLESS = 10**9  # steps: the program runs until nobody asks any more
@@ -74,13 +73,13 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
         "platform": jax.default_backend(),
         "n_devices": programs.mesh.size,
         "text_dtype": of_text(config.model).dtype,
-        "text_bytes": text_bytes(config.model),
+        "text_bytes": text_bytes(state.params, config.model),
     }
     runs: dict[str, Callable[..., float]] = {
         "eval": lambda: timed(lambda: programs.test(state.params, tests)),
         "matmul": matmul(config, programs.mesh.size),
-        "generate": lambda prompt: timed(
-            lambda: write_texts(state.params, corpus, programs, config, prompt)
+        "generate": lambda B, prompt: timed(
+            lambda: write_texts(state.params, corpus, programs, config, B, prompt)
         ),
         "read": lambda: read_weights(state.params, config),
     }
@@ -105,12 +104,12 @@ def serve(
             seconds = [run_steps(int(argument))]
             print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
             continue
-        is_text, number = kind == "generate", int(argument)
-        run = functools.partial(runs[kind], number) if is_text else runs[kind]
+        is_text, numbers = kind == "generate", [*map(int, argument.split("x"))]
+        run = functools.partial(runs[kind], *numbers) if is_text else runs[kind]
         if kind not in warm:
             run()
             warm.add(kind)
-        seconds = [run() for _ in range(1 if is_text else number)]
+        seconds = [run() for _ in range(1 if is_text else numbers[0])]
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 
@@ -122,10 +121,9 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def write_texts(
-    params: dict, corpus: Corpus, programs: Programs, config: TrainConfig, prompt: int
+    params: dict, corpus: Corpus, programs: Programs, config: TrainConfig, B: int, prompt: int
 ) -> list[np.ndarray]:
-    """A batch of texts, drawn after the first tokens of the corpus, `prompt` of them each."""
-    B = config.batch_size
+    """B texts, drawn after the first tokens of the corpus, `prompt` of them each."""
     return list(
         generate(
             params,
@@ -149,9 +147,8 @@ def _of_a_token(unstacked: dict) -> dict:
     return {name: leaves for name, leaves in unstacked.items() if name not in ("wte", "wpe")}
 
 
-def text_bytes(config: ModelConfig) -> int:
+def text_bytes(params: dict, config: ModelConfig) -> int:
     """Of the weights that every token reads."""
-    params = abstract_state(TrainConfig(model=config)).params
     unstacked = jax.eval_shape(functools.partial(unstack, config=of_text(config)), params)
     return n_bytes(_of_a_token(unstacked))
 

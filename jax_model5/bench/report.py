@@ -95,7 +95,9 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
 def plot_programs(result: dict[str, Any], path: Path, unit: str) -> None:
     """Each program's seconds a step, or a text; quartiles as the error bar."""
     programs = result["programs"][::-1]
-    what = "step" if unit == "step" else f"text of {result['generated_tokens']} tokens"
+    what = "step"
+    if unit != "step":
+        what = f"batch of texts of {result['generated_tokens']} tokens"
     times = [p[unit] for p in programs]
     medians = [t["median"] for t in times]
     errors = [[t["median"] - t["q1"] for t in times], [t["q3"] - t["median"] for t in times]]

@@ -73,9 +73,9 @@ class Program:
 
 
 def in_turn(
-    programs: Sequence[Program], rounds: int, requests: Mapping[str, Mapping[str, int]]
+    programs: Sequence[Program], rounds: int, requests: Mapping[str, Mapping[str, object]]
 ) -> dict[str, dict[str, Any]]:
-    """A B A B ...: in each round each program answers its `requests`, {name: {kind: count}}.
+    """A B A B ...: in each round each program answers its `requests`, {name: {kind: its argument}}.
 
     Returns by name, by kind, a list of each round's seconds; and `peak_bytes` after the steps.
     """
