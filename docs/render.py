@@ -91,16 +91,27 @@ def file_map(folder: str) -> str:
 # ---- benchmarks ---------------------------------------------------------------------------------
 
 
-def ratio_cell(name: str, theirs: str) -> str:
-    """Our float32 against the fastest program that fits: median and range; bold from 1 on."""
+def fastest(result: Any, pattern: str) -> Any:
+    """The program of the least median whose name fits."""
+    fits = [p for p in result["programs"] if re.search(pattern, p["name"])]
+    return min(fits, key=lambda p: p.get("step", p.get("seconds"))["median"])
+
+
+def ratio_of(name: str, ours: str, theirs: str) -> Any:
+    """Of the fastest programs that fit; None where the run has no such peer."""
     result = read(f"benchmarks/{name}.json")
-    seconds = {p["name"]: p["step"]["median"] for p in result["programs"]}
-    fits = [
-        r for r in result["ratios"] if r["ours"] == "jax float32" and re.search(theirs, r["theirs"])
-    ]
-    best = min(fits, key=lambda r: seconds[r["theirs"]])
-    shown = f"**{best['median']:.2f}**" if best["median"] >= 1 else f"{best['median']:.2f}"
-    return f"{shown} ({best['min']:.2f}–{best['max']:.2f})"
+    if not any(re.search(theirs, p["name"]) for p in result["programs"]):
+        return None
+    pair = fastest(result, ours)["name"], fastest(result, theirs)["name"]
+    return next((r for r in result["ratios"] if (r["ours"], r["theirs"]) == pair), None)
+
+
+def ratio_cell(ratio: Any, least: float = 1.0) -> str:
+    """Median and range; bold from `least` on."""
+    if ratio is None:
+        return "–"
+    shown = f"**{ratio['median']:.2f}**" if ratio["median"] >= least else f"{ratio['median']:.2f}"
+    return f"{shown} ({ratio['min']:.2f}–{ratio['max']:.2f})"
 
 
 # Words, and the run.
@@ -113,18 +124,86 @@ PEERS = [
     ("tuned PyTorch, float32", "tuned .*float32"),
     ("the course's PyTorch", "course float32"),
 ]
-MACHINES = {"": "AMD EPYC, quiet", "_busy": "the same, busy", "_intel": "Intel Xeon"}
+MACHINES = {"": "Intel Xeon", "_amd": "AMD EPYC, an earlier tree"}
 
 
 def results() -> str:
     """How many times faster our step is, the strongest peer first."""
     rows = [
         [work, words]
-        + [ratio_cell(f"{case}_float32_bfloat16{machine}", peer) for machine in MACHINES]
+        + [
+            ratio_cell(ratio_of(f"{case}_float32_bfloat16{machine}", "jax float32", peer))
+            for machine in MACHINES
+        ]
         for words, peer in PEERS
         for work, case in RESULTS
     ]
     return markdown(["one optimizer step", "against", *MACHINES.values()], rows)
+
+
+# Work, against what, the goal; the run, our program, theirs.
+GOALS = [
+    ("`model5`, final token", "tuned, each in its best dtype", 1.5, "model5_final", "jax", "tuned"),
+    ("`model5`, final token, float32", "tuned", 2.0, "model5_final", "jax f", "tuned .* f"),
+    ("`model5`, final token, bfloat16", "tuned", 1.0, "model5_final", "jax b", "tuned .* b"),
+    ("`model5`, final token, float32", "course", 3.0, "model5_final", "jax f", "course"),
+    ("`small`, final token", "tuned, each in its best dtype", 1.5, "small_final", "jax", "tuned"),
+    ("`small`, final token, float32", "course", 10.0, "small_final", "jax f", "course"),
+    ("`model5`, all tokens, float32", "plain Flax", 2.0, "model5_all", "jax", "flax"),
+    ("`model5`, all tokens, float32", "transformers", 1.5, "model5_all", "jax", "transformers"),
+    ("`model5`, all tokens, float32", "tuned", 1.5, "model5_all", "jax", "tuned"),
+]
+RUNS = {
+    "model5_final": "model5_final_token_float32_bfloat16",
+    "small_final": "small_final_token_float32_bfloat16",
+    "model5_all": "model5_all_tokens_float32",
+}
+
+
+def reached() -> str:
+    """The goals, and the medians (ranges) of the rounds' ratios; bold where reached."""
+    rows = []
+    for work, against, goal, run, ours, theirs in GOALS:
+        cell = ratio_cell(ratio_of(RUNS[run], ours, theirs), goal)
+        rows.append([work, against, f"{goal:g}×", cell])
+    for peer, most in (("course", 0.6), ("tuned .*float32", 0.75)):
+        memory = ratio_of(RUNS["model5_final"], "jax f", peer)["memory"]
+        shown = f"**{memory:.2f}**" if memory <= most else f"{memory:.2f}"
+        against = peer.partition(" ")[0]
+        rows.append(["peak memory, `model5`, final token", against, f"{most:g}", shown])
+    share = fastest(read(f"benchmarks/{RUNS['model5_final']}.json"), "jax b")["of_matmul"]
+    shown = f"**{share:.0%}**" if share >= 0.6 else f"{share:.0%}"
+    rows.append(["`model5`, bfloat16", "products of the same run", "60%", shown])
+    return markdown(["work", "against", "goal", "measured"], rows)
+
+
+def pythons() -> str:
+    """Our step on either Python, with the jax that it has: two runs of one hour."""
+    rows = []
+    for case in ("model5_final", "small_final"):
+        here, there = (read(f"benchmarks/{RUNS[case]}{end}.json") for end in ("", "_py313"))
+        for p in there["programs"]:
+            old = fastest(here, p["name"])["step"]["median"]
+            new = p["step"]["median"]
+            cells = [f"{old:.3g} s", f"{new:.3g} s", f"{old / new:.2f}"]
+            rows.append([f"`{case.partition('_')[0]}`, {p['name'].split()[-1]}", *cells])
+    heads = [f"Python {r['machine']['python']}, jax {r['machine']['jax']}" for r in (here, there)]
+    return markdown(["final token", *heads, "times faster"], rows)
+
+
+def texts(*names: str) -> str:
+    """Every program's time for a batch of texts, its rate, and its share of the bound."""
+    head = ["texts", "prompt", "program", "a batch [quartiles]", "tokens/s", "of the bound"]
+    rows = []
+    for name in names:
+        result = read(f"benchmarks/{name}.json")
+        for p in result["programs"]:
+            s, ratio = p["seconds"], ratio_of(name, "jax", p["name"])
+            time = f"{s['median']:.3g} s [{s['q1']:.3g}, {s['q3']:.3g}]"
+            bound = f"{p['of_bound']:.0%}" if "of_bound" in p else "–"
+            cells = [str(result["texts"]), str(result["prompt_tokens"]), p["name"], time]
+            rows.append([*cells, f"{p['tokens_per_s']:.1f}", bound, ratio_cell(ratio)])
+    return markdown([*head, "we are times faster"], rows)
 
 
 def programs(name: str) -> str:
@@ -217,7 +296,7 @@ KNOBS = {
     "`remat: none`": "model5_final_token_remat_none",
     "`remat: full`": "model5_final_token_remat_full",
     "`accumulate: 4`": "model5_final_token_accumulate_4",
-    "`dtype: bfloat16`": "model5_final_token_float32_bfloat16_busy",
+    "`dtype: bfloat16`": "model5_final_token_float32_bfloat16",
 }
 
 
@@ -232,19 +311,6 @@ def knobs() -> str:
         rows.append([words, sizes[0], step, sizes[1], f"{p['of_matmul']:.0%}"])
     head = ["knobs", "the program's own figure", "step", "peak resident", "of matmul"]
     return markdown(head, rows)
-
-
-def generation(name: str) -> str:
-    rows = [
-        [
-            p["name"],
-            f"{p['seconds']['median']:.3g} s [{p['seconds']['q1']:.3g}, {p['seconds']['q3']:.3g}]",
-            f"{p['tokens_per_s']:.1f}",
-            f"{p['of_bound']:.0%}" if "of_bound" in p else "–",
-        ]
-        for p in read(f"benchmarks/{name}.json")["programs"]
-    ]
-    return markdown(["program", "a text [quartiles]", "tokens/s", "of the bound"], rows)
 
 
 def sweep(name: str) -> str:
@@ -470,7 +536,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "h100": h100,
     "plans": plans,
     "measured": measured,
-    "generation": generation,
+    "reached": reached,
+    "pythons": pythons,
+    "texts": texts,
     "knobs": knobs,
     "sweep": sweep,
     "rungs": rungs,
