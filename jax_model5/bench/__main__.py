@@ -45,7 +45,7 @@ STEP_PEERS = ("course", "tuned", "flax", "transformers")
 _EVALS, _MATMULS = 3, 10
 
 
-def parse_args(args: Sequence[str]) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="python -m jax_model5.bench", description=__doc__)
     parser.add_argument(
         "--case", default="small", help="small, model5, or a config file; default small"
@@ -54,9 +54,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--objective", choices=["final_token", "all_tokens"], help=knob)
     parser.add_argument("--gelu", choices=["erf", "tanh"], help=knob)
     parser.add_argument("--remat", choices=["none", "dots", "full"], help=knob)
-    parser.add_argument(
-        "--batch", type=int, help=f"sequences of a step, {knob}, or texts; default 1"
-    )
+    parser.add_argument("--batch", type=int, help=f"sequences of a step, {knob}; or texts, else 1")
     parser.add_argument("--accumulate", type=int, help=f"micro-batches a step, {knob}")
     dtypes = "repeat it to measure each; default: the case's own"
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
@@ -74,7 +72,11 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help=steps)
     folder = "folder of the JSON and PNG; default runs/bench"
     parser.add_argument("--out", default="runs/bench", help=folder)
-    options = parser.parse_args(args)
+    return parser
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    options = _parser().parse_args(args)
     given = [name for name in ("batch", "accumulate") if getattr(options, name) is not None]
     require_at_least_1(options, "rounds", "steps", "prompt", *given)
     for name in ("accumulate", "batch") if options.sweep == "batch" else ():
