@@ -100,6 +100,12 @@ EXPLAINED = [
     ("torch_ref/step.py:*", "constant: 1 -> 0*[[]:, 1:]", "the last N targets are the same"),
     ("torch_ref/step.py:*", "slice by one: 1 -> *[[]:, 1:]", "the last N targets are the same"),
     ("torch_ref/*", "argument dropped or swapped: , device", "a CPU is one device"),
+    (
+        "jax_model5/kernels.py:threefry2x32",
+        "constant: 1 -> 2*threefry_first_word",
+        "JAX moves an index beyond the end back to the last",
+    ),
+    ("jax_model5/kernels.py:threefry2x32", "constant: 0 -> 1*zeros_like", "of one shape, both"),
     ("jax_model5/step.py:_norm", "call left out: jax . lax . optimization_barrier", _MEMORY),
     ("jax_model5/step.py:_norm", "branch forced: sharding . is_cpu", _MEMORY),
     ("jax_model5/kernels.py:_product", "    wide = ", _ROUNDS_ONCE),
