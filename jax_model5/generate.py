@@ -27,7 +27,7 @@ from jax_model5.errors import (
     require_at_least_1,
 )
 from jax_model5.kernels import random_bits
-from jax_model5.model import Block, LayerNorm, Model5
+from jax_model5.model import Block, LayerNorm, Model5, Slots
 from jax_model5.startup import set_up_jax
 from jax_model5.step import SAMPLE, abstract_state
 from jax_model5.trees import merge, split
@@ -96,22 +96,41 @@ def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
     return jax.jit(unstack, static_argnames="config")(params, config=config), config
 
 
-def extend(
-    unstacked: dict, cache: list, tokens_BxT: jax.Array, start_B: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, list]:
-    """Features x_BxTxD of T more tokens of each row, the first of them at position start_B.
+def empty_cache(config: ModelConfig, n_rows: int, n_slots: int) -> list[dict]:
+    """Of each block, zeros for the keys and values [B * H, S, K] of S tokens a row."""
+    H = config.n_heads
+    zeros_XxSxK = jnp.zeros((n_rows * H, n_slots, config.d_model // H), config.dtype)
+    return [{"attn": {"k": zeros_XxSxK, "v": zeros_XxSxK}} for _ in range(config.n_layers)]
 
-    Each block's cache holds the keys [B, H, K, L] and values [B, H, L, K] of the positions before
-    them, and is returned with theirs added; [{}] * n_layers before the first tokens. The numbers
-    are those of one forward pass over all tokens.
+
+def extend(
+    unstacked: dict,
+    cache: list,
+    tokens_BxT: jax.Array,
+    slot: jax.Array | int,
+    pad_B: jax.Array,
+    config: ModelConfig,
+) -> tuple[jax.Array, list]:
+    """Features x_BxTxD of T more tokens of each row, and the cache with theirs from `slot` on.
+
+    All rows end in the same slot: one shorter than the longest leaves its first `pad_B` unused. The
+    numbers are those of one forward pass over all tokens.
     """
-    positions_BxT = start_B[:, None] + jnp.arange(tokens_BxT.shape[1])
-    x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][positions_BxT]).astype(config.dtype)
+    slot_T, slot_S = (
+        slot + jnp.arange(tokens_BxT.shape[1]),
+        jnp.arange(cache[0]["attn"]["k"].shape[1]),
+    )
+    is_past_TxS, is_itself_TxS = slot_S <= slot_T[:, None], slot_S == slot_T[:, None]
+    is_own_Bx1x1xS = slot_S >= pad_B[:, None, None, None]
+    # What is unused sees itself: the softmax of nothing is no number.
+    slots = Slots(jnp.asarray(slot), is_past_TxS & is_own_Bx1x1xS | is_itself_TxS)
+    position_BxT = (slot_T - pad_B[:, None]).clip(0)
+    x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][position_BxT]).astype(config.dtype)
     block: Callable[..., Any] = functools.partial(Block(config).apply, mutable=["cache"])
     T, longer = tokens_BxT.shape[1], []
     for params, kept in zip(unstacked["blocks"], cache, strict=True):
         variables = {"params": params, "cache": kept}
-        x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, start_B=start_B)
+        x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, slots=slots)
         longer.append(changed["cache"])
     ln_f: Callable[..., Any] = LayerNorm(config).apply
     return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer
@@ -148,22 +167,21 @@ def draw(key: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> jax.Array
     return jax.lax.top_k(z_BxW - jnp.log(e_BxW), 1)[1][:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"))
+@functools.partial(jax.jit, static_argnames=("n_slots", "config", "sampling"))
 def prefill(
     unstacked: dict,
     key: jax.Array,
-    tokens_BxL: jax.Array,
-    lengths_B: jax.Array,
+    tokens_BxT: jax.Array,
+    pad_B: jax.Array,
     *,
+    n_slots: int,
     config: ModelConfig,
     sampling: Sampling,
 ) -> tuple[jax.Array, list]:
-    """The token that follows each row's first `lengths_B`, and the KV cache, in one pass."""
-    start_B = jnp.zeros_like(lengths_B)
-    cache: list = [{}] * config.n_layers
-    x_BxLxD, cache = extend(unstacked, cache, tokens_BxL, start_B, config)
-    last_Bx1xD = jnp.take_along_axis(x_BxLxD, lengths_B[:, None, None] - 1, axis=1)
-    return draw(key, logits(unstacked, last_Bx1xD, config), sampling), cache
+    """The token after each row, whose first `pad_B` are none, and the KV cache, in one pass."""
+    cache = empty_cache(config, len(tokens_BxT), n_slots)
+    x_BxTxD, cache = extend(unstacked, cache, tokens_BxT, 0, pad_B, config)
+    return draw(key, logits(unstacked, x_BxTxD[:, -1:], config), sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
@@ -172,14 +190,15 @@ def decode(
     cache: list,
     key: jax.Array,
     token_B: jax.Array,
-    position_B: jax.Array,
+    slot: jax.Array,
+    pad_B: jax.Array,
     first: jax.Array,
     n: jax.Array,
     *,
     config: ModelConfig,
     sampling: Sampling,
 ) -> tuple[jax.Array, list]:
-    """The n tokens that follow `token_B`, which stands at `position_B`, and the longer cache.
+    """The n tokens that follow `token_B`, whose slot is free yet, and the longer cache.
 
     The first n columns of tokens_BxC, C = AT_ONCE. They are the tokens `first`, `first + 1`, ... of
     the text: their draws' keys are folded by that.
@@ -187,7 +206,7 @@ def decode(
 
     def one(i: jax.Array, carry: tuple) -> tuple:
         cache, token_B, tokens_BxC = carry
-        x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], position_B + i, config)
+        x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], slot + i, pad_B, config)
         step_key = jax.random.fold_in(key, first + i)
         token_B = draw(step_key, logits(unstacked, x_Bx1xD, config), sampling)
         return cache, token_B, tokens_BxC.at[:, i].set(token_B)
@@ -233,15 +252,17 @@ def generate(
     while index < n_tokens:
         longest = max(map(len, rows))
         if cache is None or longest > config.seq_len:
-            n, (tokens_BxL, lengths_B) = 1, _windows(rows, config.seq_len)
+            n, (tokens_BxT, pad_B) = 1, _windows(rows, config.seq_len)
+            slot, n_more = tokens_BxT.shape[1], min(n_tokens - index - 1, config.seq_len - longest)
+            n_slots = -(-(slot + max(n_more, 0)) // 32) * 32  # few sizes: few programs to compile
             step_key = jax.random.fold_in(key, index)
-            token_B, cache = prefill(unstacked, step_key, tokens_BxL, lengths_B, **how)
+            token_B, cache = prefill(unstacked, step_key, tokens_BxT, pad_B, n_slots=n_slots, **how)
             tokens_BxC = token_B[:, None]
         else:
             n = min(AT_ONCE, n_tokens - index, config.seq_len + 1 - longest)
             last_B = np.array([row[-1] for row in rows], np.int32)
-            position_B = np.array([len(row) - 1 for row in rows], np.int32)
-            tokens_BxC, cache = decode(unstacked, cache, key, last_B, position_B, index, n, **how)
+            tokens_BxC, cache = decode(unstacked, cache, key, last_B, slot, pad_B, index, n, **how)
+            slot += n
         for token_B in np.asarray(tokens_BxC)[:, :n].T:
             new_B = np.where(is_done_B, end, token_B)
             for row, token in zip(rows, new_B, strict=True):
@@ -254,12 +275,17 @@ def generate(
 
 
 def _windows(rows: Sequence[Sequence[int]], L: int) -> tuple[np.ndarray, np.ndarray]:
-    """The last L tokens of each row, padded on the right, and how many they are."""
-    tokens_BxL = np.zeros((len(rows), L), np.int32)
-    lengths_B = np.array([min(len(row), L) for row in rows], np.int32)
-    for tokens_L, row, length in zip(tokens_BxL, rows, lengths_B, strict=True):
-        tokens_L[:length] = row[-length:]
-    return tokens_BxL, lengths_B
+    """The last tokens of each row, L at most, padded on the left, and by how many.
+
+    To a power of two, 16 or more: each width is a program to compile.
+    """
+    longest = max(map(len, rows))
+    width = min(L, max(16, 2 ** (longest - 1).bit_length()))
+    tokens_BxT = np.zeros((len(rows), width), np.int32)
+    pad_B = np.array([width - min(len(row), L) for row in rows], np.int32)
+    for tokens_T, row, pad in zip(tokens_BxT, rows, pad_B, strict=True):
+        tokens_T[pad:] = row[pad - width :]
+    return tokens_BxT, pad_B
 
 
 def text_of(tokens: Sequence[int] | np.ndarray, encoding: tiktoken.Encoding) -> str:

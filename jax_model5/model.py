@@ -11,7 +11,7 @@ and head[V, D] where the head is not tied to wte.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -134,6 +134,13 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale_D, bias_D, LAYER_NORM_EPSILON)
 
 
+class Slots(NamedTuple):
+    """Where a KV cache of S slots takes T new tokens, and what each of them sees of it."""
+
+    first: jax.Array
+    is_seen_Bx1xTxS: jax.Array
+
+
 class Attention(nn.Module):
     """Causal self-attention of the last N positions over all L (Vaswani et al. 2017)."""
 
@@ -146,14 +153,14 @@ class Attention(nn.Module):
         n_last: int,
         *,
         deterministic: bool,
-        start_B: jax.Array | None = None,
+        slots: Slots | None = None,
     ) -> jax.Array:
         c = self.config
         B, L, D = x_BxLxD.shape
         N, H, K = n_last, c.n_heads, c.d_model // c.n_heads
         qkv = QKV(c, name="qkv")
         drop = Dropout(c.dropout_at("attention"), name="drop")
-        if self._is_flash(L, K) and N == L and start_B is None:
+        if self._is_flash(L, K) and N == L and slots is None:
             y_BxLxD = self._flash(qkv.side_by_side(x_BxLxD), qkv.bias_3D, drop, deterministic)
             return Linear(c, D, name="proj")(y_BxLxD)
         q_BxHxNxK, k_BxHxLxK, v_BxHxLxK = (
@@ -161,12 +168,11 @@ class Attention(nn.Module):
             for part_BxSxD in qkv(x_BxLxD, N)
         )
         dropped = functools.partial(drop, deterministic=deterministic)
-        if start_B is not None:
-            k_BxHxLxK = self._cached("k", k_BxHxLxK, start_B)
-            v_BxHxLxK = self._cached("v", v_BxHxLxK, start_B)
-            positions_Bx1xTx1 = (start_B[:, None] + jnp.arange(L))[:, None, :, None]
-            is_past_Bx1xTxL = jnp.arange(c.seq_len) <= positions_Bx1xTx1
-            y_BxHxNxK = masked_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, is_past_Bx1xTxL, dropped)
+        if slots is not None:
+            k_BxHxSxK = self._cached("k", k_BxHxLxK, slots.first)
+            v_BxHxSxK = self._cached("v", v_BxHxLxK, slots.first)
+            seen = slots.is_seen_Bx1xTxS
+            y_BxHxNxK = masked_attention(q_BxHxNxK, k_BxHxSxK, v_BxHxSxK, seen, dropped)
         else:
             y_BxHxNxK = causal_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, dropped)
         y_BxHxNxK = checkpoint_name(y_BxHxNxK, "attention")
@@ -187,22 +193,16 @@ class Attention(nn.Module):
         n_heads = self.config.n_heads
         return flash.causal_attention(qkv_BxLx3D, bias_3D, keys_2x2, n_heads=n_heads, rate=rate)
 
-    def _cached(self, name: str, new_BxHxTxK: jax.Array, start_B: jax.Array) -> jax.Array:
-        """The window's keys or values [B, H, L, K] so far, the new ones written at start_B.
+    def _cached(self, name: str, new_BxHxTxK: jax.Array, slot: jax.Array) -> jax.Array:
+        """The cache's keys or values [B, H, S, K], the new ones written from this slot on.
 
-        Keys are kept transposed, as the scores' product reads them. A selection: XLA on a CPU
-        copies the cache to scatter into it.
+        Kept as [B * H, S, K]: with an axis of one row XLA on a CPU copies a cache to write in it.
         """
         B, H, T, K = new_BxHxTxK.shape
-        L, axes = self.config.seq_len, (0, 1, 3, 2) if name == "k" else (0, 1, 2, 3)
-        empty = jnp.zeros((B, H, L, K), new_BxHxTxK.dtype).transpose(axes)
-        cache = self.variable("cache", name, lambda: empty)
-        index_Bx1xLx1 = (jnp.arange(L) - start_B[:, None])[:, None, :, None]
-        new_BxHxLxK = jnp.take_along_axis(new_BxHxTxK, index_Bx1xLx1, axis=2, mode="clip")
-        is_new_Bx1xLx1 = (index_Bx1xLx1 >= 0) & (index_Bx1xLx1 < T)
-        kept_BxHxLxK = jnp.where(is_new_Bx1xLx1, new_BxHxLxK, cache.value.transpose(axes))
-        cache.value = kept_BxHxLxK.transpose(axes)
-        return kept_BxHxLxK
+        new_XxTxK = new_BxHxTxK.reshape(B * H, T, K)
+        cache: nn.Variable = self.variable("cache", name)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new_XxTxK, slot, axis=1)
+        return cache.value.reshape(B, H, -1, K)
 
 
 class QKV(nn.Module):
@@ -242,13 +242,13 @@ class Block(nn.Module):
         n_last: int,
         *,
         deterministic: bool,
-        start_B: jax.Array | None = None,
+        slots: Slots | None = None,
     ) -> jax.Array:
         c, D, F = self.config, self.config.d_model, 4 * self.config.d_model
         x_BxLxD = sharding.row_major(x_BxLxD)
         h_BxLxD = LayerNorm(c, name="ln_1")(x_BxLxD)
         attention = Attention(c, name="attn")
-        h_BxNxD = attention(h_BxLxD, n_last, deterministic=deterministic, start_B=start_B)
+        h_BxNxD = attention(h_BxLxD, n_last, deterministic=deterministic, slots=slots)
         h_BxNxD = Dropout(c.dropout_at("attention_output"), name="attn_drop")(
             h_BxNxD, deterministic=deterministic
         )

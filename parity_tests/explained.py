@@ -111,8 +111,6 @@ EXPLAINED = [
     ("jax_model5/kernels.py:_product", "    wide = ", _ROUNDS_ONCE),
     ("jax_model5/kernels.py:_product", "swapped: , preferred_element_type", _ROUNDS_ONCE),
     ("jax_model5/kernels.py:_product", "left out: * astype", "of one dtype the cast is none"),
-    ("jax_model5/model.py:Attention._cached", "comparison:  -> ( = )*is_new", "written over later"),
-    ("jax_model5/model.py:Attention._cached", "swapped: , mode", "those outside are not selected"),
     ("*:at_least_float32", "swapped: *promote_types", "the same in either order"),
     ("jax_model5/model.py:run_block", "swapped: , prevent_cse", _MEMORY),
     ("jax_model5/model.py:run_block", "    barriers: Any = ", _MEMORY),

@@ -255,11 +255,13 @@ def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int)
 def _cached_logits(params: Any, tokens_BxL: jax.Array, *, config: TrainConfig) -> jax.Array:
     """As text is generated: the first half at once, then one token at a time, four at most."""
     unstacked, c = generate.unstack(params, config.model), config.model
-    cache: list = [{}] * c.n_layers
+    cache = generate.empty_cache(c, len(tokens_BxL), c.seq_len)
+    none_B = jnp.zeros(len(tokens_BxL), int)
     half, parts = c.seq_len // 2, []
     for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 4)))]:
-        start_B = jnp.full(len(tokens_BxL), start)
-        x_BxTxD, cache = generate.extend(unstacked, cache, tokens_BxL[:, start:end], start_B, c)
+        x_BxTxD, cache = generate.extend(
+            unstacked, cache, tokens_BxL[:, start:end], start, none_B, c
+        )
         parts += [generate.logits(unstacked, x_BxTxD[:, [t]], c) for t in range(end - start)]
     return jnp.stack(parts, axis=1)
 

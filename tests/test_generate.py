@@ -66,17 +66,18 @@ def cached_error(shift=0, config=FLOAT64):
     """Distance of cached logits from those of one forward pass; `shift` misplaces the tokens."""
     extend = jax.jit(functools.partial(generate.extend, config=config))
     params, unstacked = params_of(config), generate.unstack(params_of(config), config)
-    rows, tokens = np.arange(2), np.random.default_rng(0).integers(0, 257, (2, 16))
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 16))
     apply = functools.partial(model.Model5(config).apply, n_last=16, deterministic=True)
     full = jax.jit(apply)({"params": params}, tokens)
-    errors = []
-    # Nine tokens at once, of which the second row's last two are padding; then one by one.
-    _, cache = extend(unstacked, [{}] * config.n_layers, tokens[:, :9], np.zeros(2, int))
-    for position in range(9, 16):
-        start = np.array([position, position - 2])
-        x, cache = extend(unstacked, cache, tokens[rows, start][:, None], start + shift)
-        logits = generate.logits(unstacked, x, config)
-        errors.append(np.abs(logits - full[rows, start]).max())
+    # Nine tokens at once, of which the second row's first two are padding; then one by one.
+    pad, errors = np.array([0, 2]), []
+    slots = np.stack([tokens[0], np.roll(tokens[1], 2)])
+    cache = generate.empty_cache(config, 2, 19)
+    for first, end in [(0, 9), *((i, i + 1) for i in range(9, 16))]:
+        slot = first + shift * (first > 0)
+        x, cache = extend(unstacked, cache, slots[:, first:end], slot, pad)
+        logits = generate.logits(unstacked, x[:, -1:], config)
+        errors.append(np.abs(logits - full[np.arange(2), end - 1 - pad]).max())
     return max(errors) / np.abs(full).max()
 
 
