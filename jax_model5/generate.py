@@ -109,28 +109,27 @@ def extend(
     tokens_BxT: jax.Array,
     slot: jax.Array | int,
     pad_B: jax.Array,
+    n_last: int,
     config: ModelConfig,
 ) -> tuple[jax.Array, list]:
-    """Features x_BxTxD of T more tokens of each row, and the cache with theirs from `slot` on.
+    """The cache with T more tokens of each row from `slot` on, and the last N's features x_BxNxD.
 
     All rows end in the same slot: one shorter than the longest leaves its first `pad_B` unused. The
     numbers are those of one forward pass over all tokens.
     """
-    slot_T, slot_S = (
-        slot + jnp.arange(tokens_BxT.shape[1]),
-        jnp.arange(cache[0]["attn"]["k"].shape[1]),
-    )
+    T, S = tokens_BxT.shape[1], cache[0]["attn"]["k"].shape[1]
+    slot_T, slot_S = slot + jnp.arange(T), jnp.arange(S)
     is_past_TxS, is_itself_TxS = slot_S <= slot_T[:, None], slot_S == slot_T[:, None]
-    is_own_Bx1x1xS = slot_S >= pad_B[:, None, None, None]
     # What is unused sees itself: the softmax of nothing is no number.
-    slots = Slots(jnp.asarray(slot), is_past_TxS & is_own_Bx1x1xS | is_itself_TxS)
+    is_seen_BxTxS = is_past_TxS & (slot_S >= pad_B[:, None, None]) | is_itself_TxS
+    slots = Slots(jnp.asarray(slot), is_seen_BxTxS.repeat(config.n_heads, axis=0))
     position_BxT = (slot_T - pad_B[:, None]).clip(0)
     x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][position_BxT]).astype(config.dtype)
     block: Callable[..., Any] = functools.partial(Block(config).apply, mutable=["cache"])
-    T, longer = tokens_BxT.shape[1], []
-    for params, kept in zip(unstacked["blocks"], cache, strict=True):
+    longer, n_of_blocks = [], [*[T] * (len(cache) - 1), n_last]
+    for params, kept, n in zip(unstacked["blocks"], cache, n_of_blocks, strict=True):
         variables = {"params": params, "cache": kept}
-        x_BxTxD, changed = block(variables, x_BxTxD, T, deterministic=True, slots=slots)
+        x_BxTxD, changed = block(variables, x_BxTxD, n, deterministic=True, slots=slots)
         longer.append(changed["cache"])
     ln_f: Callable[..., Any] = LayerNorm(config).apply
     return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer
@@ -180,8 +179,8 @@ def prefill(
 ) -> tuple[jax.Array, list]:
     """The token after each row, whose first `pad_B` are none, and the KV cache, in one pass."""
     cache = empty_cache(config, len(tokens_BxT), n_slots)
-    x_BxTxD, cache = extend(unstacked, cache, tokens_BxT, 0, pad_B, config)
-    return draw(key, logits(unstacked, x_BxTxD[:, -1:], config), sampling), cache
+    x_Bx1xD, cache = extend(unstacked, cache, tokens_BxT, 0, pad_B, 1, config)
+    return draw(key, logits(unstacked, x_Bx1xD, config), sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
@@ -206,7 +205,7 @@ def decode(
 
     def one(i: jax.Array, carry: tuple) -> tuple:
         cache, token_B, tokens_BxC = carry
-        x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], slot + i, pad_B, config)
+        x_Bx1xD, cache = extend(unstacked, cache, token_B[:, None], slot + i, pad_B, 1, config)
         step_key = jax.random.fold_in(key, first + i)
         token_B = draw(step_key, logits(unstacked, x_Bx1xD, config), sampling)
         return cache, token_B, tokens_BxC.at[:, i].set(token_B)
@@ -277,10 +276,11 @@ def generate(
 def _windows(rows: Sequence[Sequence[int]], L: int) -> tuple[np.ndarray, np.ndarray]:
     """The last tokens of each row, L at most, padded on the left, and by how many.
 
-    To a power of two, 16 or more: each width is a program to compile.
+    To one of few widths, a quarter wider at most: each is a program to compile.
     """
-    longest = max(map(len, rows))
-    width = min(L, max(16, 2 ** (longest - 1).bit_length()))
+    longest = min(max(map(len, rows)), L)
+    step = max(16, 2 ** (longest.bit_length() - 3))
+    width = min(L, -(-longest // step) * step)
     tokens_BxT = np.zeros((len(rows), width), np.int32)
     pad_B = np.array([width - min(len(row), L) for row in rows], np.int32)
     for tokens_T, row, pad in zip(tokens_BxT, rows, pad_B, strict=True):

@@ -207,16 +207,16 @@ def attend(
 
 
 def masked_attention(
-    q_BxHxNxK: jax.Array,
-    k_BxHxLxK: jax.Array,
-    v_BxHxLxK: jax.Array,
-    is_past: jax.Array,
-    drop: Drop,
+    q_HxNxK: jax.Array, k_HxLxK: jax.Array, v_HxLxK: jax.Array, is_past: jax.Array, drop: Drop
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(B, 1,) N, L] lets a query see."""
-    scores_BxHxNxL = product("bhnk,bhlk->bhnl", q_BxHxNxK, k_BxHxLxK)
-    scores_BxHxNxL = scores_BxHxNxL / math.sqrt(q_BxHxNxK.shape[-1])
-    scores_BxHxNxL = jnp.where(is_past, scores_BxHxNxL, -jnp.inf)
-    weights_BxHxNxL = jax.nn.softmax(scores_BxHxNxL.astype(at_least_float32(scores_BxHxNxL.dtype)))
-    weights_BxHxNxL = drop(weights_BxHxNxL.astype(v_BxHxLxK.dtype))
-    return product("bhnl,bhlk->bhnk", weights_BxHxNxL, v_BxHxLxK)
+    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(H,) N, L] lets a query see.
+
+    H, the heads of all rows, is one axis or two.
+    """
+    h = "bh"[: q_HxNxK.ndim - 2]
+    scores_HxNxL = product(f"{h}nk,{h}lk->{h}nl", q_HxNxK, k_HxLxK)
+    scores_HxNxL = scores_HxNxL / math.sqrt(q_HxNxK.shape[-1])
+    scores_HxNxL = jnp.where(is_past, scores_HxNxL, -jnp.inf)
+    weights_HxNxL = jax.nn.softmax(scores_HxNxL.astype(at_least_float32(scores_HxNxL.dtype)))
+    weights_HxNxL = drop(weights_HxNxL.astype(v_HxLxK.dtype))
+    return product(f"{h}nl,{h}lk->{h}nk", weights_HxNxL, v_HxLxK)

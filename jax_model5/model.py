@@ -138,7 +138,7 @@ class Slots(NamedTuple):
     """Where a KV cache of S slots takes T new tokens, and what each of them sees of it."""
 
     first: jax.Array
-    is_seen_Bx1xTxS: jax.Array
+    is_seen_XxTxS: jax.Array  # X is B * H
 
 
 class Attention(nn.Module):
@@ -169,10 +169,12 @@ class Attention(nn.Module):
         )
         dropped = functools.partial(drop, deterministic=deterministic)
         if slots is not None:
-            k_BxHxSxK = self._cached("k", k_BxHxLxK, slots.first)
-            v_BxHxSxK = self._cached("v", v_BxHxLxK, slots.first)
-            seen = slots.is_seen_Bx1xTxS
-            y_BxHxNxK = masked_attention(q_BxHxNxK, k_BxHxSxK, v_BxHxSxK, seen, dropped)
+            q_XxNxK = q_BxHxNxK.reshape(B * H, N, K)
+            k_XxSxK = self._cached("k", k_BxHxLxK, slots.first)
+            v_XxSxK = self._cached("v", v_BxHxLxK, slots.first)
+            is_seen_XxNxS = slots.is_seen_XxTxS[:, -N:]
+            y_XxNxK = masked_attention(q_XxNxK, k_XxSxK, v_XxSxK, is_seen_XxNxS, dropped)
+            y_BxHxNxK = y_XxNxK.reshape(B, H, N, K)
         else:
             y_BxHxNxK = causal_attention(q_BxHxNxK, k_BxHxLxK, v_BxHxLxK, dropped)
         y_BxHxNxK = checkpoint_name(y_BxHxNxK, "attention")
@@ -194,15 +196,14 @@ class Attention(nn.Module):
         return flash.causal_attention(qkv_BxLx3D, bias_3D, keys_2x2, n_heads=n_heads, rate=rate)
 
     def _cached(self, name: str, new_BxHxTxK: jax.Array, slot: jax.Array) -> jax.Array:
-        """The cache's keys or values [B, H, S, K], the new ones written from this slot on.
+        """The cache's keys or values [B * H, S, K], the new ones written from this slot on.
 
-        Kept as [B * H, S, K]: with an axis of one row XLA on a CPU copies a cache to write in it.
+        As the attention's products read it: else XLA on a CPU copies a cache to write in it.
         """
-        B, H, T, K = new_BxHxTxK.shape
-        new_XxTxK = new_BxHxTxK.reshape(B * H, T, K)
+        new_XxTxK = new_BxHxTxK.reshape(-1, *new_BxHxTxK.shape[2:])
         cache: nn.Variable = self.variable("cache", name)
         cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new_XxTxK, slot, axis=1)
-        return cache.value.reshape(B, H, -1, K)
+        return cache.value
 
 
 class QKV(nn.Module):

@@ -260,7 +260,7 @@ def _cached_logits(params: Any, tokens_BxL: jax.Array, *, config: TrainConfig) -
     half, parts = c.seq_len // 2, []
     for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 4)))]:
         x_BxTxD, cache = generate.extend(
-            unstacked, cache, tokens_BxL[:, start:end], start, none_B, c
+            unstacked, cache, tokens_BxL[:, start:end], start, none_B, end - start, c
         )
         parts += [generate.logits(unstacked, x_BxTxD[:, [t]], c) for t in range(end - start)]
     return jnp.stack(parts, axis=1)

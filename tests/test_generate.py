@@ -64,7 +64,7 @@ VARIANTS = [FLOAT64, dataclasses.replace(FLOAT64, gelu="tanh", tied_head=False)]
 
 def cached_error(shift=0, config=FLOAT64):
     """Distance of cached logits from those of one forward pass; `shift` misplaces the tokens."""
-    extend = jax.jit(functools.partial(generate.extend, config=config))
+    extend = jax.jit(functools.partial(generate.extend, n_last=1, config=config))
     params, unstacked = params_of(config), generate.unstack(params_of(config), config)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 16))
     apply = functools.partial(model.Model5(config).apply, n_last=16, deterministic=True)
@@ -76,7 +76,7 @@ def cached_error(shift=0, config=FLOAT64):
     for first, end in [(0, 9), *((i, i + 1) for i in range(9, 16))]:
         slot = first + shift * (first > 0)
         x, cache = extend(unstacked, cache, slots[:, first:end], slot, pad)
-        logits = generate.logits(unstacked, x[:, -1:], config)
+        logits = generate.logits(unstacked, x, config)
         errors.append(np.abs(logits - full[np.arange(2), end - 1 - pad]).max())
     return max(errors) / np.abs(full).max()
 
