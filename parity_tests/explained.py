@@ -82,11 +82,6 @@ EXPLAINED = [
     ("torch_ref/model.py:init_linear", "left out: nn . init . uniform_*bias", _OF_PYTORCH),
     (
         "torch_ref/model.py:CausalAttention.forward",
-        "swapped: 2 1 -> ( 1 2 )*transpose(",
-        "two axes that change places do so in either order",
-    ),
-    (
-        "torch_ref/model.py:CausalAttention.forward",
         "operator: - -> ( )*shape[[]-2:]",
         "of four axes the last two are those from 2 on",
     ),
@@ -111,7 +106,6 @@ EXPLAINED = [
     ("jax_model5/kernels.py:_product", "    wide = ", _ROUNDS_ONCE),
     ("jax_model5/kernels.py:_product", "swapped: , preferred_element_type", _ROUNDS_ONCE),
     ("jax_model5/kernels.py:_product", "left out: * astype", "of one dtype the cast is none"),
-    ("*:at_least_float32", "swapped: *promote_types", "the same in either order"),
     ("jax_model5/model.py:run_block", "swapped: , prevent_cse", _MEMORY),
     ("jax_model5/model.py:run_block", "    barriers: Any = ", _MEMORY),
     ("jax_model5/model.py:run_block", "swapped: policy", _MEMORY),

@@ -186,8 +186,15 @@ def _arguments(node: ast.AST) -> Edits:
     if len(node.args) > 1:
         yield _instead(node, args=node.args[:-1])
         first, second, *rest = node.args
-        if ast.unparse(first) != ast.unparse(second):
+        if ast.unparse(first) != ast.unparse(second) and _name(node.func) not in _SYMMETRIC:
             yield _instead(node, args=[second, first, *rest])
+
+
+_SYMMETRIC = {"swapaxes", "transpose", "promote_types", "maximum", "minimum"}  # of their first two
+
+
+def _name(function: ast.expr) -> str:
+    return ast.unparse(function).rpartition(".")[2]
 
 
 def _calls(node: ast.AST) -> Edits:

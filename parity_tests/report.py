@@ -12,7 +12,7 @@ import numpy as np
 
 import portproof
 from jax_model5.config import TrainConfig
-from parity_tests import bridge, ladder, spec, taps
+from parity_tests import bridge, ladder, memory, spec, taps
 
 # Beside each: the worst error measured on a CPU, which it exceeds at most fourfold.
 FLOAT32_TOLERANCES = {
@@ -139,6 +139,7 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     other = other_config(config)
     yield "operations, the other config", _operations(other)
     yield rung("step", "7 trajectory, dropout", other)
+    yield "memory", _memory()
     yield rung("bfloat16", "8 bfloat16", config)
     yield rung("four devices", "8 four devices", config)
     if config.model.dropout:
@@ -178,6 +179,13 @@ def _rung(rung: str, config: TrainConfig, operation: str) -> Iterator[Row]:
         owner = _owner(m.where, config) if operation == "gradients" else operation
         fields = m.dtype, config.model.dropout, m.max_abs, m.error, m.tolerance
         yield Row(owner, f"{rung.partition(' ')[2]}: {m.where}", *fields)
+
+
+def _memory() -> Iterator[Row]:
+    for operation, what, found, expected in memory.figures():
+        error = 0.0 if found == expected else np.inf
+        cause = f"{found} instead of {expected}; it is JAX that departs" if error else ""
+        yield Row(operation, f"memory: {what}", "float32", 0.1, error, error, 0.0, cause)
 
 
 def _owner(leaf: str, config: TrainConfig) -> str:

@@ -50,7 +50,7 @@ FILES = [
 # Who must be loaded again after a change of one of them, in this order.
 _AFTER_JAX = [path.removesuffix(".py").replace("/", ".") for path in FILES[:6]]
 _AFTER_JAX += ["jax_model5.programs", "jax_model5.generate"]
-_AFTER_JAX += [f"parity_tests.{name}" for name in ("chance", "ladder", "taps", "report")]
+_AFTER_JAX += [f"parity_tests.{name}" for name in ("chance", "ladder", "taps", "memory", "report")]
 _LONGEST = 600  # seconds of a mutant: more is a fault that never ends
 _MUTANTS_OF_A_PROCESS = 100  # each leaves compiled programs behind
 
@@ -188,6 +188,7 @@ _FIRST = {
     "optimizer|schedule": ("optimizer", "step"),
     "eval_step": ("train and eval mode",),
     r"step\.py": ("gradients", "step"),
+    "run_block|features|_in_chunks|_norm|_padded": ("memory",),
     ":Dropout|threefry|keep_mask|_bits|threshold": (
         "operations, dropout on",
         "dropout by chance",

@@ -1,0 +1,122 @@
+"""What a training step keeps between its passes, read from the program that JAX traces."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from jax_model5 import sharding, step
+from jax_model5.config import ModelConfig, TrainConfig
+
+B, L, D, H, V = 3, 8, 24, 4, 61  # K is 6
+Figure = tuple[str, str, Any, Any]
+"""(operation, what, found, expected)."""
+
+
+def figures() -> list[Figure]:
+    """Of a block, by `remat`; of the loss, in chunks or not; of the norms. No array is made."""
+    with jax.disable_jit(False):
+        return [*_of_blocks(), *_of_devices(), *_of_the_loss()]
+
+
+def _of_blocks() -> Iterator[Figure]:
+    """A trunk of up to 4 layers is unrolled; the masks are always computed again."""
+    block = {"MLP residual": (B, L, D)}
+    named = {
+        "attention residual": (B, L, D),
+        "q, k, v": (B, L, 3 * D),
+        "attention": (B, H, L, D // H),
+        "fc": (B, L, 4 * D),
+    }
+    for depth, remat, unroll, kept in (
+        (5, "dots", 1, block | named),
+        (4, "dots", 4, block | named),
+        (4, "full", 1, block),
+    ):
+        forward, _ = _traced(step.loss_and_gradients, _config(depth + 1, remat=remat))["scan"]
+        of = f"of {depth} blocks, remat {remat}"
+        yield "MLP residual", f"unrolled {of}", forward["unroll"], unroll
+        found = collections.Counter(forward["kept"])
+        expected = collections.Counter((depth, *shape) for shape in kept.values())
+        for operation, shape in named.items():
+            key = (depth, *shape)
+            yield operation, f"arrays of its shape kept {of}", found.pop(key, 0), expected[key]
+        yield "MLP residual", f"other arrays kept {of}", len(found), 0
+
+
+def _of_devices() -> Iterator[Figure]:
+    """On a GPU any trunk is unrolled, all but the parameters barred, the table padded."""
+    for device, unroll, width in (("CPU", 1, V), ("GPU", 5, 64)):
+        is_gpu = device == "GPU"
+        with mock.patch.object(sharding, "is_gpu", lambda is_gpu=is_gpu: is_gpu):
+            traced = _traced(step.train_step, _config(6))
+        yield "MLP residual", f"unrolled on a {device}", traced["scan"][0]["unroll"], unroll
+        barred = set().union(*(one["parameter, barred"] for one in traced["remat2"]))
+        expected = {(True, False), (False, is_gpu)}
+        yield "MLP residual", f"barriers in what a {device} computes again", barred, expected
+        widths = {size for one in traced["dot_general"] for size in one["sizes"]} & {V, 64}
+        yield "logits", f"rows of the table in the products of a {device}", widths, {width}
+        barriers = len(traced["optimization_barrier"])
+        yield "step", f"barriers before the norms on a {device}", barriers, 2
+
+
+def _of_the_loss() -> Iterator[Figure]:
+    """At most 1024 rows of logits at once, or a position's; of a chunk its log sums and losses."""
+    cases = [(5, 1200, [(5, 5, 204)] * 2), (2, 512, []), (1030, 6, [(6, 1030, 1)] * 2)]
+    for n_rows, n, chunks in cases:
+        config = _config(1, n_rows, n, remat="none")
+        traced = _traced(step.loss_and_gradients, config)
+        found = traced["scan"][0]["kept"] if traced["scan"] else []
+        yield "loss", f"kept of {n} positions of {n_rows} rows", found, chunks
+        n_again = len(traced["remat2"]) > 0
+        yield "loss", f"computed again of {n} positions of {n_rows} rows", n_again, len(chunks) > 0
+
+
+def _config(n_layers: int, n_rows: int = B, length: int = L, remat: Any = "dots") -> TrainConfig:
+    sizes = {"d_model": D, "n_heads": H, "vocab_size": V, "seq_len": length, "n_layers": n_layers}
+    objective: Any = "all_tokens" if n_layers == 1 else "final_token"
+    model = ModelConfig(dropout=0.1, remat=remat, **sizes)
+    return TrainConfig(model=model, objective=objective, batch_size=n_rows)
+
+
+def _traced(function: Any, config: TrainConfig) -> dict[str, list[dict[str, Any]]]:
+    """By primitive, of each of its equations what counts here."""
+    windows = jax.ShapeDtypeStruct((config.batch_size, config.model.seq_len + 1), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = jax.make_jaxpr(lambda *arguments: function(*arguments, config=config))
+    found: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for equation in _equations(program(step.abstract_state(config), key, windows).jaxpr):
+        found[equation.primitive.name].append(_facts(equation))
+    return found
+
+
+def _facts(equation: Any) -> dict[str, Any]:
+    params = equation.params
+    match equation.primitive.name:
+        case "scan":
+            shapes = [var.aval.shape for var in equation.outvars]
+            stacked = [shape for shape in shapes if shape[:1] == (params["length"],)]
+            return {"unroll": params["unroll"], "kept": stacked}
+        case "remat2":
+            barred = params["prevent_cse"]
+            barred = barred if isinstance(barred, tuple) else [barred] * len(equation.invars)
+            is_parameter = [var.aval.ndim in (1, 2) for var in equation.invars]
+            return {"parameter, barred": set(zip(is_parameter, barred, strict=True))}
+        case "dot_general":
+            return {"sizes": [size for var in equation.invars for size in var.aval.shape]}
+    return {}
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                yield from _equations(getattr(value, "jaxpr", value))
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")

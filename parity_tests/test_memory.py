@@ -1,0 +1,47 @@
+"""What a step keeps between its passes is as stated, and each way to keep more is seen."""
+
+from unittest import mock
+
+import pytest
+
+from jax_model5 import kernels, losses, model
+from parity_tests import memory
+
+FAULTS = {
+    "no remat": ("attention residual", model.nn, "remat", lambda run, **_: run),
+    "the projection is computed again": (
+        "q, k, v",
+        model,
+        "_SAVED",
+        {**model._SAVED, "dots": None},
+    ),
+    "a shallower trunk in a loop": ("MLP residual", model, "UNROLLED", 3),
+    "a deeper trunk unrolled": ("MLP residual", model, "UNROLLED", 5),
+    "attention without a name": ("attention", model, "checkpoint_name", lambda x, name: x),
+    "a table that is not padded": ("logits", kernels, "_padded", lambda x, axis: x),
+    "more logits at once": ("loss", losses, "ROWS", 1025),
+    "logits kept": ("loss", losses.jax, "checkpoint", lambda function, policy: function),
+    "log sums computed again": ("loss", losses, "checkpoint_name", lambda x, name: x),
+    "norms that share the update's squares": (
+        "step",
+        memory.jax.lax,
+        "optimization_barrier",
+        lambda tree: tree,
+    ),
+}
+
+
+def differing():
+    return [operation for operation, _, found, expected in memory.figures() if found != expected]
+
+
+def test_a_step_keeps_what_is_stated():
+    assert differing() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_keeps_more_or_less_is_seen(fault):
+    operation, *place, other = FAULTS[fault]
+    with mock.patch.object(*place, other):
+        assert operation in differing()
