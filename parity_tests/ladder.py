@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ import torch_ref.model
 import torch_ref.step
 from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, programs, step
 from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from parity_tests import bridge, chance
+from parity_tests import bridge, chance, memory
 from portproof.report import FLOAT64_TOLERANCE, relative
 
 DTYPES = ("float64", "float32")
@@ -386,6 +387,8 @@ def trajectory(config: TrainConfig) -> Comparisons:
         for index, (ours, theirs) in enumerate(train_both(pair)):
             for name in theirs.metrics:
                 yield f"{name} of step {index + 1}", ours.metrics[name], theirs.metrics[name]
+            kinds = set(map(type, theirs.metrics.values()))
+            yield f"PyTorch's figures of step {index + 1} are floats", kinds == {float}, True
             if limit := config.optimizer.clip_norm:
                 is_clipped = theirs.metrics["grad_norm"] > limit
                 yield f"step {index + 1} is clipped", is_clipped, True
@@ -472,6 +475,12 @@ def modes(config: TrainConfig) -> Comparisons:
     expected = torch_ref.step.eval_step(pair.torch_model, windows, config)
     for name in TEST_METRICS:
         yield f"eval mode: {name}", ours[name], expected[name]
+    kinds = set(map(type, expected.values()))
+    yield "eval mode: PyTorch's figures are floats", kinds == {float}, True
+    given: list[Any] = []
+    of_step = functools.partial(step.train_step, config=config, loss=_heard(given))
+    jax.eval_shape(of_step, pair.state(), pair.key, pair.windows)
+    yield "train mode: the loss that is given counts", len(given) > 0, True
     if config.model.dropout == 0:
         return
     pair.torch_model.train()
@@ -488,6 +497,16 @@ def modes(config: TrainConfig) -> Comparisons:
         expected_key = jax.random.fold_in(expected_key, part)
     found = step.dropout_key(pair.key, 3, 2)
     yield "the dropout key", *map(jax.random.key_data, (found, expected_key))
+
+
+def _heard(calls: list[Any]) -> losses.Loss:
+    """`nll`, which tells that it was called."""
+
+    def loss(logits_BxCxV: jax.Array, targets_BxC: jax.Array) -> jax.Array:
+        calls.append(logits_BxCxV.shape)
+        return losses.nll(logits_BxCxV, targets_BxC)
+
+    return loss
 
 
 _eval_step = jax.jit(step.eval_step, static_argnames="config")
@@ -519,8 +538,14 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         yield f"{name} in bfloat16", _is_rounded_once(function(low), exact), True
     products = {"mi,io->mo": (x[0], wide[0, 1:, :D].T), "bhnk,bhlk->bhnl": (q, k)}
     products["bhnl,bhlk->bhnk"] = (jnp.einsum("bhnk,bhlk->bhnl", q, k), v)
-    for axes, pair_of in products.items():
-        yield f"product {axes} in bfloat16", _is_product_rounded_once(axes, *pair_of), True
+    for (axes, pair_of), is_wide in itertools.product(products.items(), (False, True)):
+        with mock.patch.object(kernels, "_is_float32_fast", lambda is_wide=is_wide: is_wide):
+            is_right = _is_product_rounded_once(axes, *pair_of)
+        form = "float32, cast" if is_wide else "bfloat16"
+        yield f"product {axes} in {form}", is_right, True
+    for is_cpu, is_wide in itertools.product((False, True), repeat=2):
+        wide_or_not = "float32" if is_cpu and is_wide else "bfloat16"
+        yield f"sums of a product in {wide_or_not}", _sums_in(is_cpu, is_wide) == wide_or_not, True
     scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[-1])
     exact = jax.nn.softmax(jnp.where(jnp.tri(L) > 0, scores.astype(float), -jnp.inf))
     found: list[jax.Array] = []
@@ -545,14 +570,29 @@ def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
 
 
 def _is_product_rounded_once(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """And both of its gradients."""
+    """And both of its gradients; all are bfloat16."""
     low = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     found, found_of = jax.vjp(functools.partial(kernels.product, axes), *low)
     wide = [x.astype(float) for x in low]
     exact, exact_of = jax.vjp(functools.partial(jnp.einsum, axes), *wide)
     g = jnp.cos(jnp.arange(found.size)).reshape(found.shape).astype(jnp.bfloat16)
-    pairs = zip((found, *found_of(g)), (exact, *exact_of(g.astype(float))), strict=True)
-    return jnp.array([_is_rounded_once(ours, right) for ours, right in pairs]).all()
+    ours = found, *found_of(g)
+    pairs = zip(ours, (exact, *exact_of(g.astype(float))), strict=True)
+    is_rounded = [_is_rounded_once(one, right) for one, right in pairs]
+    is_low = [one.dtype == jnp.bfloat16 for one in ours]
+    return jnp.array([*is_rounded, *is_low]).all()
+
+
+def _sums_in(is_cpu: bool, is_wide: bool) -> str:
+    """The dtype of a bfloat16 product's result before it is cast."""
+    low = jnp.zeros((2, 2), jnp.bfloat16)
+    with (
+        mock.patch.object(kernels.sharding, "is_cpu", return_value=is_cpu),
+        mock.patch.object(kernels, "_is_float32_fast", return_value=is_wide),
+    ):
+        traced = jax.make_jaxpr(functools.partial(kernels.product, "mi,io->mo"))(low, low)
+    dots = [e for e in memory.equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+    return " ".join(str(one.outvars[0].aval.dtype) for one in dots)
 
 
 def on_devices(config: TrainConfig) -> Comparisons:

@@ -1,6 +1,7 @@
 """What a training step keeps between its passes, read from the program that JAX traces."""
 
 import collections
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -8,7 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from jax_model5 import sharding, step
+from jax_model5 import losses, sharding, step
 from jax_model5.config import ModelConfig, TrainConfig
 
 B, L, D, H, V = 3, 8, 24, 4, 61  # K is 6
@@ -51,7 +52,7 @@ def _of_devices() -> Iterator[Figure]:
     """On a GPU any trunk is unrolled, all but the parameters barred, the table padded."""
     for device, unroll, width in (("CPU", 1, V), ("GPU", 5, 64)):
         is_gpu = device == "GPU"
-        with mock.patch.object(sharding, "is_gpu", lambda is_gpu=is_gpu: is_gpu):
+        with _on(is_gpu):
             traced = _traced(step.train_step, _config(6))
         yield "MLP residual", f"unrolled on a {device}", traced["scan"][0]["unroll"], unroll
         barred = set().union(*(one["parameter, barred"] for one in traced["remat2"]))
@@ -60,19 +61,35 @@ def _of_devices() -> Iterator[Figure]:
         widths = {size for one in traced["dot_general"] for size in one["sizes"]} & {V, 64}
         yield "logits", f"rows of the table in the products of a {device}", widths, {width}
         barriers = len(traced["optimization_barrier"])
-        yield "step", f"barriers before the norms on a {device}", barriers, 2
+        yield "step", f"barriers before the norms on a {device}", barriers, 0 if is_gpu else 2
 
 
 def _of_the_loss() -> Iterator[Figure]:
-    """At most 1024 rows of logits at once, or a position's; of a chunk its log sums and losses."""
-    cases = [(5, 1200, [(5, 5, 204)] * 2), (2, 512, []), (1030, 6, [(6, 1030, 1)] * 2)]
-    for n_rows, n, chunks in cases:
-        config = _config(1, n_rows, n, remat="none")
-        traced = _traced(step.loss_and_gradients, config)
+    """1024 rows of logits at once, 4096 on a GPU, or a position's; log sums and losses stay."""
+    for n_rows, n, is_gpu, chunks in (
+        (5, 1200, False, [(5, 5, 204)] * 2),
+        (5, 1200, True, [(1, 5, 819)] * 2),
+        (2, 512, False, []),
+        (1030, 6, False, [(6, 1030, 1)] * 2),
+    ):
+        with _on(is_gpu):
+            traced = _traced(step.loss_and_gradients, _config(1, n_rows, n, remat="none"))
         found = traced["scan"][0]["kept"] if traced["scan"] else []
-        yield "loss", f"kept of {n} positions of {n_rows} rows", found, chunks
-        n_again = len(traced["remat2"]) > 0
-        yield "loss", f"computed again of {n} positions of {n_rows} rows", n_again, len(chunks) > 0
+        of = f"of {n} positions of {n_rows} rows{' on a GPU' * is_gpu}"
+        yield "loss", f"kept {of}", found, chunks
+        yield "loss", f"computed again {of}", len(traced["remat2"]) > 0, len(chunks) > 0
+
+
+@contextlib.contextmanager
+def _on(is_gpu: bool) -> Iterator[None]:
+    """As if the program were to run there."""
+    gpu, cpu = {"return_value": is_gpu}, {"return_value": not is_gpu}
+    with (
+        mock.patch.object(sharding, "is_gpu", **gpu),
+        mock.patch.object(losses, "is_gpu", **gpu),
+        mock.patch.object(sharding, "is_cpu", **cpu),
+    ):
+        yield
 
 
 def _config(n_layers: int, n_rows: int = B, length: int = L, remat: Any = "dots") -> TrainConfig:
@@ -88,7 +105,7 @@ def _traced(function: Any, config: TrainConfig) -> dict[str, list[dict[str, Any]
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = jax.make_jaxpr(lambda *arguments: function(*arguments, config=config))
     found: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    for equation in _equations(program(step.abstract_state(config), key, windows).jaxpr):
+    for equation in equations(program(step.abstract_state(config), key, windows).jaxpr):
         found[equation.primitive.name].append(_facts(equation))
     return found
 
@@ -110,12 +127,13 @@ def _facts(equation: Any) -> dict[str, Any]:
     return {}
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a traced program, and of those that it calls."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(value):
-                yield from _equations(getattr(value, "jaxpr", value))
+                yield from equations(getattr(value, "jaxpr", value))
 
 
 def _is_program(value: Any) -> bool:

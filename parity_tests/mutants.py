@@ -186,15 +186,23 @@ def _arguments(node: ast.AST) -> Edits:
     if len(node.args) > 1:
         yield _instead(node, args=node.args[:-1])
         first, second, *rest = node.args
-        if ast.unparse(first) != ast.unparse(second) and _name(node.func) not in _SYMMETRIC:
+        if ast.unparse(first) != ast.unparse(second) and not _is_symmetric(node):
             yield _instead(node, args=[second, first, *rest])
 
 
-_SYMMETRIC = {"swapaxes", "transpose", "promote_types", "maximum", "minimum"}  # of their first two
+_SYMMETRIC = {
+    "swapaxes",
+    "transpose",
+    "promote_types",
+    "maximum",
+    "minimum",
+    "max",
+    "min",
+}  # of two
 
 
-def _name(function: ast.expr) -> str:
-    return ast.unparse(function).rpartition(".")[2]
+def _is_symmetric(call: ast.Call) -> bool:
+    return len(call.args) == 2 and ast.unparse(call.func).rpartition(".")[2] in _SYMMETRIC
 
 
 def _calls(node: ast.AST) -> Edits:

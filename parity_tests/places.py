@@ -44,6 +44,7 @@ PLACES: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
         "": (*taps.BLOCK_TAPS,),
     },
     "model.run_block": (*taps.BLOCK_TAPS,),
+    "model.": {"UNROLLED|_policies": (*taps.BLOCK_TAPS,), "": ()},
     "model.Model5": {
         "head": ("logits",),
         "wte": ("embedding", "logits"),
@@ -67,7 +68,6 @@ PLACES: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
     "model.Model5.logits": ("logits",),
     "model.Model5._init_weights": ("initial weights",),
     "model.init_linear": ("initial weights",),
-    "model.init_head": ("initial weights",),
     "model.init_embedding": ("initial weights",),
     "model.applied": ("loss", "gradients"),
     "kernels.matmul": LINEAR,

@@ -94,8 +94,9 @@ class Model5(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
-        init_head(self.wte.weight, config)
+        if config.init != "torch":  # PyTorch's own: there the head takes over what wte drew
+            self.apply(self._init_weights)
+            init_linear(self.wte.weight, None, config)  # it and the head start from one table
         if config.tied_head:
             self.head.weight = self.wte.weight  # one tensor, used twice
         else:
@@ -127,28 +128,14 @@ class Model5(nn.Module):
 def init_linear(weight: torch.Tensor, bias: torch.Tensor | None, config: ModelConfig) -> None:
     """In place, by `config.init`; the course's rule is N(0, 0.02), bias 0 (lesson 012)."""
     name, _, std = config.init.partition(":")
-    bound = 1 / math.sqrt(weight.shape[1])
     if name == "xavier":
         nn.init.xavier_normal_(weight)
     elif name == "kaiming":
         nn.init.kaiming_normal_(weight)
-    elif name == "torch":
-        nn.init.uniform_(weight, -bound, bound)
     else:
         nn.init.normal_(weight, std=float(std or 0.02))
     if bias is not None:
-        nn.init.uniform_(bias, -bound, bound) if name == "torch" else nn.init.zeros_(bias)
-
-
-def init_head(weight: torch.Tensor, config: ModelConfig) -> None:
-    """In place, the table that embedding and head start from: the linear layers' rule comes last.
-
-    Not so in PyTorch's own default: there the head takes over what the embedding drew, N(0, 1).
-    """
-    if config.init == "torch":
-        nn.init.normal_(weight)
-    else:
-        init_linear(weight, None, config)
+        nn.init.zeros_(bias)
 
 
 def init_embedding(weight: torch.Tensor, config: ModelConfig) -> None:
@@ -156,4 +143,4 @@ def init_embedding(weight: torch.Tensor, config: ModelConfig) -> None:
     if config.init in ("course", "xavier"):
         nn.init.xavier_normal_(weight)
     else:
-        init_head(weight, config)
+        init_linear(weight, None, config)
