@@ -115,7 +115,8 @@ def extend(
     """The cache with T more tokens of each row from `slot` on, and the last N's features x_BxNxD.
 
     All rows end in the same slot: one shorter than the longest leaves its first `pad_B` unused. The
-    numbers are those of one forward pass over all tokens.
+    numbers are those of one forward pass over all tokens. The cache must have slot + T slots: JAX
+    moves a write beyond its end back.
     """
     T, S = tokens_BxT.shape[1], cache[0]["attn"]["k"].shape[1]
     slot_T, slot_S = slot + jnp.arange(T), jnp.arange(S)
@@ -126,13 +127,13 @@ def extend(
     position_BxT = (slot_T - pad_B[:, None]).clip(0)
     x_BxTxD = (unstacked["wte"][tokens_BxT] + unstacked["wpe"][position_BxT]).astype(config.dtype)
     block: Callable[..., Any] = functools.partial(Block(config).apply, mutable=["cache"])
-    longer, n_of_blocks = [], [*[T] * (len(cache) - 1), n_last]
+    x_BxNxD, longer, n_of_blocks = x_BxTxD, [], [*[T] * (len(cache) - 1), n_last]
     for params, kept, n in zip(unstacked["blocks"], cache, n_of_blocks, strict=True):
         variables = {"params": params, "cache": kept}
-        x_BxTxD, changed = block(variables, x_BxTxD, n, deterministic=True, slots=slots)
+        x_BxNxD, changed = block(variables, x_BxNxD, n, deterministic=True, slots=slots)
         longer.append(changed["cache"])
     ln_f: Callable[..., Any] = LayerNorm(config).apply
-    return ln_f({"params": unstacked["ln_f"]}, x_BxTxD), longer
+    return ln_f({"params": unstacked["ln_f"]}, x_BxNxD), longer
 
 
 # ---- one token ----------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def prefill(
     config: ModelConfig,
     sampling: Sampling,
 ) -> tuple[jax.Array, list]:
-    """The token after each row, whose first `pad_B` are none, and the KV cache, in one pass."""
+    """The token after each row, whose first `pad_B` are padding, and the KV cache, in one pass."""
     cache = empty_cache(config, len(tokens_BxT), n_slots)
     x_Bx1xD, cache = extend(unstacked, cache, tokens_BxT, 0, pad_B, 1, config)
     return draw(key, logits(unstacked, x_Bx1xD, config), sampling), cache
@@ -276,7 +277,8 @@ def generate(
 def _windows(rows: Sequence[Sequence[int]], L: int) -> tuple[np.ndarray, np.ndarray]:
     """The last tokens of each row, L at most, padded on the left, and by how many.
 
-    To one of few widths, a quarter wider at most: each is a program to compile.
+    To a multiple of 16, and of an eighth of the next power of two: each width is a program to
+    compile.
     """
     longest = min(max(map(len, rows)), L)
     step = max(16, 2 ** (longest.bit_length() - 3))

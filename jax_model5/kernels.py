@@ -171,7 +171,7 @@ def threefry_first_word(key: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.A
     for i in range(5):
         for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
             x = x + y
-            y = x ^ (y << jnp.uint32(rotation) | y >> jnp.uint32(32 - rotation))
+            y = x ^ (y << rotation | y >> (32 - rotation))
         x = x + keys[(i + 1) % 3]
         y = y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
     return x
@@ -207,16 +207,16 @@ def attend(
 
 
 def masked_attention(
-    q_HxNxK: jax.Array, k_HxLxK: jax.Array, v_HxLxK: jax.Array, is_past: jax.Array, drop: Drop
+    q_XxNxK: jax.Array, k_XxLxK: jax.Array, v_XxLxK: jax.Array, is_past: jax.Array, drop: Drop
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(H,) N, L] lets a query see.
+    """softmax(q k^T / sqrt(K)) v over the keys that `is_past` [(X,) N, L] lets a query see.
 
-    H, the heads of all rows, is one axis or two.
+    X, the heads of all rows, is one axis or two.
     """
-    h = "bh"[: q_HxNxK.ndim - 2]
-    scores_HxNxL = product(f"{h}nk,{h}lk->{h}nl", q_HxNxK, k_HxLxK)
-    scores_HxNxL = scores_HxNxL / math.sqrt(q_HxNxK.shape[-1])
-    scores_HxNxL = jnp.where(is_past, scores_HxNxL, -jnp.inf)
-    weights_HxNxL = jax.nn.softmax(scores_HxNxL.astype(at_least_float32(scores_HxNxL.dtype)))
-    weights_HxNxL = drop(weights_HxNxL.astype(v_HxLxK.dtype))
-    return product(f"{h}nl,{h}lk->{h}nk", weights_HxNxL, v_HxLxK)
+    x = "bh"[: q_XxNxK.ndim - 2]
+    scores_XxNxL = product(f"{x}nk,{x}lk->{x}nl", q_XxNxK, k_XxLxK)
+    scores_XxNxL = scores_XxNxL / math.sqrt(q_XxNxK.shape[-1])
+    scores_XxNxL = jnp.where(is_past, scores_XxNxL, -jnp.inf)
+    weights_XxNxL = jax.nn.softmax(scores_XxNxL.astype(at_least_float32(scores_XxNxL.dtype)))
+    weights_XxNxL = drop(weights_XxNxL.astype(v_XxLxK.dtype))
+    return product(f"{x}nl,{x}lk->{x}nk", weights_XxNxL, v_XxLxK)

@@ -43,7 +43,7 @@ def _nll(logits_BxCxV: jax.Array, targets_BxC: jax.Array) -> jax.Array:
 
 def _nll_forward(logits_BxCxV: jax.Array, targets_BxC: jax.Array) -> tuple[jax.Array, tuple]:
     log_sums_BxC = checkpoint_name(jax.nn.logsumexp(logits_BxCxV, axis=-1), "log sums")
-    chosen_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None])[..., 0]
+    chosen_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
     return log_sums_BxC - chosen_BxC, (logits_BxCxV, targets_BxC, log_sums_BxC)
 
 

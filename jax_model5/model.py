@@ -1,7 +1,8 @@
 """Model 5 in Flax Linen: a GPT-2 decoder that computes logits for the last N positions only.
 
 Shapes: B batch, L sequence, N last positions that get logits, D model width, H heads, K head
-width, F feed-forward width, V vocabulary. Parameters are one plain tree:
+width, F feed-forward width, V vocabulary; of a KV cache S slots, T new tokens and X = B * H.
+Parameters are one plain tree:
 
     wte[V, D]  wpe[L, D]  trunk (blocks 0 ... n-2, stacked on axis 0)  last_block  ln_f
 
@@ -138,7 +139,7 @@ class Slots(NamedTuple):
     """Where a KV cache of S slots takes T new tokens, and what each of them sees of it."""
 
     first: jax.Array
-    is_seen_XxTxS: jax.Array  # X is B * H
+    is_seen_XxTxS: jax.Array
 
 
 class Attention(nn.Module):
@@ -164,8 +165,8 @@ class Attention(nn.Module):
             y_BxLxD = self._flash(qkv.side_by_side(x_BxLxD), qkv.bias_3D, drop, deterministic)
             return Linear(c, D, name="proj")(y_BxLxD)
         q_BxHxNxK, k_BxHxLxK, v_BxHxLxK = (
-            part_BxSxD.reshape(B, -1, H, K).swapaxes(1, 2)  # S is N for queries, L for the others
-            for part_BxSxD in qkv(x_BxLxD, N)
+            part_BxMxD.reshape(B, -1, H, K).swapaxes(1, 2)  # M is N for queries, L for the others
+            for part_BxMxD in qkv(x_BxLxD, N)
         )
         dropped = functools.partial(drop, deterministic=deterministic)
         if slots is not None:
@@ -198,7 +199,8 @@ class Attention(nn.Module):
     def _cached(self, name: str, new_BxHxTxK: jax.Array, slot: jax.Array) -> jax.Array:
         """The cache's keys or values [B * H, S, K], the new ones written from this slot on.
 
-        As the attention's products read it: else XLA on a CPU copies a cache to write in it.
+        With B and H apart XLA on a CPU moves the products' reshape past the write, and copies the
+        cache.
         """
         new_XxTxK = new_BxHxTxK.reshape(-1, *new_BxHxTxK.shape[2:])
         cache: nn.Variable = self.variable("cache", name)

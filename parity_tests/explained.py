@@ -7,6 +7,7 @@ _STOPPED = "gradient stopped: "
 _UNDIFFERENTIATED = "nothing is differentiated through it"
 NOT_RUN = [
     ("*layer_norm.py:gradients_of_a_gpu*", "", "a GPU's kernel: tests/test_kernels.py runs it"),
+    ("*layer_norm.py:", "_ROWS, _CHUNK = ", "only on a GPU"),
     ("*layer_norm.py:_kernel*", "", "a GPU's kernel: tests/test_kernels.py runs it"),
     ("*layer_norm.py:_backward*", "is_gpu", "only on a GPU"),
     ("*layer_norm.py:_backward*", "_gpu", "only on a GPU"),
@@ -39,10 +40,10 @@ NOT_RUN = [
     ("jax_model5/kernels.py:*product*", _STOPPED, "its gradient is written by hand"),
     ("jax_model5/kernels.py:_is_float32_fast", "", "the form for a CPU: tests/test_kernels.py"),
     ("jax_model5/model.py:Attention._cached", _STOPPED, _UNDIFFERENTIATED),
+    ("jax_model5/model.py:Attention.__call__", f"{_STOPPED}*_Xx", _UNDIFFERENTIATED),
     ("jax_model5/layer_norm.py:*", _STOPPED, "its gradient is written by hand"),
     ("jax_model5/losses.py:_nll*", _STOPPED, "its gradient is written by hand"),
 ]
-_MEMORY = "what the forward pass keeps: memory and time, not numbers"
 EXPLAINED = [
     (
         "jax_model5/step.py:init_state",
@@ -70,6 +71,12 @@ EXPLAINED = [
     ),
     (
         "torch_ref/model.py:CausalAttention.forward",
+        "forced: *mask is None*-> False",
+        "the form by hand below it computes the same",
+    ),
+    ("torch_ref/step.py:train_step", "exchanged: *zero_grad", "neither is about the other"),
+    (
+        "torch_ref/model.py:CausalAttention.forward",
         "operator: - -> ( )*shape[[]-2:]",
         "of four axes the last two are those from 2 on",
     ),
@@ -86,7 +93,9 @@ EXPLAINED = [
         "JAX moves an index beyond the end back to the last",
     ),
     ("jax_model5/kernels.py:threefry2x32", "constant: 0 -> 1*zeros_like", "of one shape, both"),
-    ("jax_model5/model.py:run_block", "    barriers: Any = ", _MEMORY),
-    ("jax_model5/model.py:", "save_only_these_names", _MEMORY),
+    ("jax_model5/model.py:run_block", "constant: 1 -> 2*n_shards", "as on one device"),
+    ("jax_model5/model.py:run_block", "constant: True -> False*n_shards", "None has no leaf"),
+    ("jax_model5/model.py:", "swapped: *save_only_these_names", "names have no order"),
+    ("jax_model5/losses.py:_nll_forward", "swapped: , axis = - 1*take_along", "JAX's own default"),
     ("jax_model5/step.py:abstract_state*", "low_precision", "shapes only"),
 ]

@@ -19,7 +19,7 @@ Figure = tuple[str, str, Any, Any]
 
 def figures() -> list[Figure]:
     """Of a block, by `remat`; of the loss, in chunks or not; of the norms. No array is made."""
-    with jax.disable_jit(False):
+    with jax.disable_jit(False):  # without jit, as some mutants are run, a scan is a Python loop
         return [*_of_blocks(), *_of_devices(), *_of_the_loss()]
 
 
@@ -37,7 +37,8 @@ def _of_blocks() -> Iterator[Figure]:
         (4, "dots", 4, block | named),
         (4, "full", 1, block),
     ):
-        forward, _ = _traced(step.loss_and_gradients, _config(depth + 1, remat=remat))["scan"]
+        config = _config(depth + 1, remat=remat, dtype="bfloat16")
+        forward, _ = _traced(step.loss_and_gradients, config)["scan"]
         of = f"of {depth} blocks, remat {remat}"
         yield "MLP residual", f"unrolled {of}", forward["unroll"], unroll
         found = collections.Counter(forward["kept"])
@@ -45,7 +46,8 @@ def _of_blocks() -> Iterator[Figure]:
         for operation, shape in named.items():
             key = (depth, *shape)
             yield operation, f"arrays of its shape kept {of}", found.pop(key, 0), expected[key]
-        yield "MLP residual", f"other arrays kept {of}", len(found), 0
+        yield "MLP residual", f"other arrays kept {of}", found.total(), 0
+        yield "embedding", f"dtypes kept {of}", forward["dtypes"], {"bfloat16"}
 
 
 def _of_devices() -> Iterator[Figure]:
@@ -69,7 +71,9 @@ def _of_the_loss() -> Iterator[Figure]:
     for n_rows, n, is_gpu, chunks in (
         (5, 1200, False, [(5, 5, 204)] * 2),
         (5, 1200, True, [(1, 5, 819)] * 2),
+        (17, 1200, True, [(5, 17, 240)] * 2),
         (2, 512, False, []),
+        (2, 2048, True, []),
         (1030, 6, False, [(6, 1030, 1)] * 2),
     ):
         with _on(is_gpu):
@@ -92,10 +96,10 @@ def _on(is_gpu: bool) -> Iterator[None]:
         yield
 
 
-def _config(n_layers: int, n_rows: int = B, length: int = L, remat: Any = "dots") -> TrainConfig:
+def _config(n_layers: int, n_rows: int = B, length: int = L, **fields: Any) -> TrainConfig:
     sizes = {"d_model": D, "n_heads": H, "vocab_size": V, "seq_len": length, "n_layers": n_layers}
     objective: Any = "all_tokens" if n_layers == 1 else "final_token"
-    model = ModelConfig(dropout=0.1, remat=remat, **sizes)
+    model = ModelConfig(dropout=0.1, **sizes, **fields)
     return TrainConfig(model=model, objective=objective, batch_size=n_rows)
 
 
@@ -116,7 +120,8 @@ def _facts(equation: Any) -> dict[str, Any]:
         case "scan":
             shapes = [var.aval.shape for var in equation.outvars]
             stacked = [shape for shape in shapes if shape[:1] == (params["length"],)]
-            return {"unroll": params["unroll"], "kept": stacked}
+            dtypes = {str(var.aval.dtype) for var in equation.outvars}
+            return {"unroll": params["unroll"], "kept": stacked, "dtypes": dtypes}
         case "remat2":
             barred = params["prevent_cse"]
             barred = barred if isinstance(barred, tuple) else [barred] * len(equation.invars)

@@ -121,6 +121,9 @@ def _nodes(node: ast.AST, scope: str) -> Iterator[tuple[ast.AST, str]]:
         if field in ("annotation", "returns", "decorator_list", "bases"):
             continue
         for child in value if isinstance(value, list) else [value]:
+            is_strict = isinstance(child, ast.keyword) and child.arg == "strict"
+            if is_strict:  # zip's: both are of one length
+                continue
             is_run = isinstance(child, ast.AST) and not isinstance(child, ast.Import)
             if is_run and not isinstance(child, ast.ImportFrom) and not _is_prose(child):
                 yield from _nodes(child, scope)
@@ -190,19 +193,14 @@ def _arguments(node: ast.AST) -> Edits:
             yield _instead(node, args=[second, first, *rest])
 
 
-_SYMMETRIC = {
-    "swapaxes",
-    "transpose",
-    "promote_types",
-    "maximum",
-    "minimum",
-    "max",
-    "min",
-}  # of two
+# Of two arguments; max and min are Python's, transpose of two axes PyTorch's.
+_SYMMETRIC = {"swapaxes", "promote_types", "maximum", "minimum", "transpose"}
 
 
 def _is_symmetric(call: ast.Call) -> bool:
-    return len(call.args) == 2 and ast.unparse(call.func).rpartition(".")[2] in _SYMMETRIC
+    name = ast.unparse(call.func)
+    is_known = name in ("max", "min") or name.rpartition(".")[2] in _SYMMETRIC
+    return len(call.args) == 2 and is_known
 
 
 def _calls(node: ast.AST) -> Edits:

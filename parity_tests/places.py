@@ -25,7 +25,7 @@ PLACES: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
     "model.LayerNorm": (*NORMS, "initial weights"),
     "model.CausalAttention": ("attention weights", "attention"),
     "model.Attention": {
-        "cache": ("KV cache",),
+        "cache|slots|_Xx": ("KV cache",),
         "qkv": ("q", "k", "v"),
         "proj": ("attention", "proj"),
         "": (*HEADS, "proj"),

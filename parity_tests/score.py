@@ -187,8 +187,9 @@ _FIRST = {
     r":(init_(?!state)|\w+_init$|Model5\._init)": ("initial weights",),
     "optimizer|schedule": ("optimizer", "step"),
     "eval_step": ("train and eval mode",),
+    r"step\.py:_norm": ("memory",),
     r"step\.py": ("gradients", "step"),
-    "run_block|features|_in_chunks|_norm|_padded": ("memory",),
+    "run_block|features|_in_chunks|_padded": ("memory",),
     ":Dropout|threefry|keep_mask|_bits|threshold": (
         "operations, dropout on",
         "dropout by chance",

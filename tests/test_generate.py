@@ -136,6 +136,17 @@ def test_a_batch_of_lengths_past_the_window_equals_re_forward():
     assert len(set(found[0])) > 5, "too monotonous to tell"
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("longest", [33, 70])
+def test_a_window_wider_than_its_prompts_equals_re_forward(longest):
+    """33 tokens are run as 48 in a cache of 128 slots, 70 as 80; both pass the window of 100."""
+    wide = dataclasses.replace(FLOAT64, seq_len=100)
+    prompts = [list(range(longest)), [5, 6, 7], [200]]
+    n_tokens = 110 - longest
+    found = sample(prompts, n_tokens, GREEDY, config=wide)
+    assert np.array_equal(found, re_forward(prompts, n_tokens, wide))
+
+
 def test_one_decode_step_serves_all_tokens():
     generate.decode.clear_cache()
     sample(PROMPTS, 4, GREEDY)
