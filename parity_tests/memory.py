@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from jax_model5 import losses, sharding, step
@@ -136,10 +137,5 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """Of a traced program, and of those that it calls."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(value):
-                yield from equations(getattr(value, "jaxpr", value))
-
-
-def _is_program(value: Any) -> bool:
-    return hasattr(getattr(value, "jaxpr", value), "eqns")
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)

@@ -21,6 +21,16 @@ def named(name):
     return next(fault for fault in faults.FAULTS if fault.name == name)
 
 
+@pytest.mark.parametrize("dtype", ladder.DTYPES)
+def test_no_two_sizes_of_the_reports_model_are_equal(dtype):
+    """Or an axis read for another shows in no number: positions were once as many as K."""
+    config = report.default_config(dtype)
+    c, D = config.model, config.model.d_model
+    sizes = [config.batch_size, c.seq_len, config.last_k, c.vocab_size, c.n_heads]
+    sizes += [D, D // c.n_heads, 3 * D, 4 * D]
+    assert len(set(sizes)) == len(sizes)
+
+
 @pytest.mark.slow
 def test_no_operation_differs():
     code, out, err = run(module="parity_tests")
