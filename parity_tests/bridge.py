@@ -89,17 +89,18 @@ def load(model: torch.nn.Module, params: Any, config: ModelConfig) -> None:
             parameter.copy_(named[name])
 
 
-def replay_masks(model: torch.nn.Module, masks: Any, config: ModelConfig) -> None:
-    """Hands the masks that JAX recorded to the module's dropout sites.
+def masks_by_site(masks: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The masks that JAX recorded, by the paths of PyTorch's modules.
 
     On the suffix path JAX's last block has masks of the last N positions only; the positions
     before them cannot reach the loss, so they keep everything.
     """
-    sites = dict(model.named_modules())
+    found = {}
     for layer in range(config.n_layers):
-        names = {"drop": "drop"} | {o: f"blocks.{layer}.{theirs}" for o, theirs in BLOCK_MASKS}
+        paths = {"drop": "drop"} | {o: f"blocks.{layer}.{theirs}" for o, theirs in BLOCK_MASKS}
         for ours, mask in masks_of_block(masks, layer, config.n_layers).items():
-            sites[names[ours]].mask = torch.from_numpy(_pad_positions(mask, config))
+            found[paths[ours]] = _pad_positions(mask, config)
+    return found
 
 
 def masks_of_block(masks: Any, layer: int, n_layers: int) -> dict[str, np.ndarray]:

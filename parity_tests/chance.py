@@ -58,16 +58,15 @@ def dropout_of_torch(model: torch.nn.Module, config: ModelConfig) -> Iterator[Fi
     model.train()
     dtype = next(model.parameters()).dtype
     for name, site in model.named_modules():
-        if not isinstance(site, torch_ref.model.Dropout):
-            continue
-        rate = config.dropout_at(_site(name))
-        site.mask = None
         if isinstance(site, torch_ref.model.CausalAttention):
             q = torch.zeros(1, 1, _L, 8, dtype=dtype)  # equal scores, and v the identity
             y_LxL = site(q, q, torch.eye(_L, dtype=dtype)[None, None])[0, 0]
             kept = (y_LxL * torch.arange(1, _L + 1)[:, None])[torch.ones(_L, _L).tril() > 0]
-        else:
+        elif isinstance(site, torch.nn.Dropout):
             kept = site(torch.ones(_N, dtype=dtype))
+        else:
+            continue
+        rate = config.dropout_at(_site(name))
         kept_N = kept.detach().numpy()
         yield _share(f"PyTorch, {name}", kept_N == 0, rate)
         off = np.abs(kept_N[kept_N != 0] * (1 - rate) - 1).max()

@@ -59,27 +59,7 @@ EXPLAINED = [
         "call left out: jax . random . fold_in",
         "another key: other numbers of the same law",
     ),
-    (
-        "torch_ref/model.py:CausalAttention.forward",
-        "statement deleted: return F . scaled_dot_product_attention",
-        "the form by hand below it computes the same",
-    ),
-    (
-        "torch_ref/model.py:CausalAttention.forward",
-        "statement deleted: if self . mask is None",
-        "the form by hand below it computes the same",
-    ),
-    (
-        "torch_ref/model.py:CausalAttention.forward",
-        "forced: *mask is None*-> False",
-        "the form by hand below it computes the same",
-    ),
     ("torch_ref/step.py:train_step", "exchanged: *zero_grad", "neither is about the other"),
-    (
-        "torch_ref/model.py:CausalAttention.forward",
-        "operator: - -> ( )*shape[[]-2:]",
-        "of four axes the last two are those from 2 on",
-    ),
     ("torch_ref/step.py:schedule*", "constant: 1 -> 2*progress = min(", "0 in the last step, too"),
     ("*optimizer.py:_schedule", "forced: warmup = = 0 -> False", "a warm-up of no steps is none"),
     ("*:_over_micro_batches", "forced: * = = 1 -> False", "the mean over one part is its own"),

@@ -22,6 +22,7 @@ from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, 
 from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from parity_tests import bridge, chance, memory
 from portproof.report import FLOAT64_TOLERANCE, relative
+from portproof.torch_side import Listener
 
 DTYPES = ("float64", "float32")
 
@@ -433,24 +434,21 @@ def _on_masks_of(pair: Pair, params: Any, index: int, windows: np.ndarray) -> It
     if config.model.dropout == 0:
         yield
         return
-    masks = iter(
-        [
+    masks = [
+        bridge.masks_by_site(
             masks_of(
                 params,
                 step.dropout_key(pair.key, index, micro),
                 windows[micro :: config.accumulate],
                 config=config,
-            )
-            for micro in range(config.accumulate)
-        ]
-    )
-
-    def replay(*_: Any) -> None:
-        bridge.replay_masks(pair.torch_model, next(masks), config.model)
-
-    hook = pair.torch_model.register_forward_pre_hook(replay)
-    yield
-    hook.remove()
+            ),
+            config.model,
+        )
+        for micro in range(config.accumulate)
+    ]
+    calls = {site: [of_micro[site] for of_micro in masks] for site in masks[0]}
+    with Listener(wide=False, masks=calls).listening(pair.torch_model):
+        yield
 
 
 train_step = jax.jit(step.train_step, static_argnames="config")

@@ -1,11 +1,14 @@
 """The output of every operation and its gradient, tapped from both models as they stand.
 
-Nothing in the models knows of it: Flax's method interceptors and PyTorch's module hooks see each
-module's input and output, and q, k, v, the attention weights and the rest are among them.
+Nothing in the models knows of it: Flax's method interceptors and portproof's hooks see each
+module's input and output, and q, k, v, the attention weights and the rest are among them. JAX's
+go through a collection, not through portproof's callbacks: XLA keeps no program that calls back,
+and compiling them again would be most of the report's time.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen
@@ -20,29 +23,31 @@ from jax_model5.config import TrainConfig
 from jax_model5.trees import leaves_of, tree_of
 from parity_tests import bridge
 from parity_tests.ladder import Pair
+from portproof.port import Pass
+from portproof.torch_side import Listener
 
-# operation: the JAX module, the end of it that is tapped, the PyTorch module, the end of it.
-# The ends: "in" its first argument, "out" its result; a number picks one of several.
+# operation: JAX's place, PyTorch's place, as portproof names them: "ln_1" is a module's output,
+# "ln_2:in0" its first argument, "attn/qkv:out1" its second result.
 BLOCK_TAPS = {
-    "ln_1": ("ln_1", "out", "ln_1", "out"),
-    "q": ("attn/qkv", 0, "attn.attend", 0),
-    "k": ("attn/qkv", 1, "attn.attend", 1),
-    "v": ("attn/qkv", 2, "attn.attend", 2),
-    "attention weights": ("attn/drop", "out", "attn.attend", "weights"),
-    "attention": ("attn/proj", "in", "attn.proj", "in"),
-    "proj": ("attn/proj", "out", "attn.proj", "out"),
-    "attention residual": ("ln_2", "in", "ln_2", "in"),
-    "ln_2": ("ln_2", "out", "ln_2", "out"),
-    "fc": ("fc", "out", "fc", "out"),
-    "gelu": ("out", "in", "out", "in"),
-    "out": ("out", "out", "out", "out"),
-    "MLP residual": ("", "out", "", "out"),
+    "ln_1": ("ln_1", "ln_1"),
+    "q": ("attn/qkv:out0", "attn.attend:in0"),
+    "k": ("attn/qkv:out1", "attn.attend:in1"),
+    "v": ("attn/qkv:out2", "attn.attend:in2"),
+    "attention weights": ("attn/drop", "attn.attend:weights"),
+    "attention": ("attn/proj:in0", "attn.proj:in0"),
+    "proj": ("attn/proj", "attn.proj"),
+    "attention residual": ("ln_2:in0", "ln_2:in0"),
+    "ln_2": ("ln_2", "ln_2"),
+    "fc": ("fc", "fc"),
+    "gelu": ("out:in0", "out:in0"),
+    "out": ("out", "out"),
+    "MLP residual": ("", ""),
 }
 ROOT_TAPS = {
-    "embedding": ("drop", "in", "drop", "in"),
-    "embedding dropout": ("drop", "out", "drop", "out"),
-    "ln_f": ("ln_f", "out", "ln_f", "out"),
-    "logits": ("", "logits", "", "out"),
+    "embedding": ("drop:in0", "drop:in0"),
+    "embedding dropout": ("drop", "drop"),
+    "ln_f": ("ln_f", "ln_f"),
+    "logits": ("logits", ""),
 }
 # Whose backward pass a gradient comes out of, where that is not the next operation.
 CONSUMERS = {
@@ -123,19 +128,20 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> A
     stack, _, path = "/".join(module.path).partition("/")
     table = BLOCK_TAPS if stack in ("trunk", "last_block") else ROOT_TAPS
     path = path if table is BLOCK_TAPS else stack
-    ends = {end: name for name, (where, end, *_) in table.items() if where == path}
+    names = {ours: name for name, (ours, _) in table.items()}
+
+    def tap(place: str, x: Any) -> Any:
+        return _tap(module, names[place], x) if place in names else x
+
     if context.method_name == "logits":
-        return _tap(module, ends["logits"], next_fun(*args, **kwargs))
-    if context.method_name != "__call__" or not ends:
+        return tap("logits", next_fun(*args, **kwargs))
+    if context.method_name != "__call__":
         return next_fun(*args, **kwargs)
-    if "in" in ends:
-        args = (_tap(module, ends["in"], args[0]), *args[1:])
+    args = tuple(tap(f"{path}:in{i}", x) for i, x in enumerate(args))
     result = next_fun(*args, **kwargs)
-    if "out" in ends:
-        return _tap(module, ends["out"], result)
-    if 0 in ends:
-        return tuple(_tap(module, ends[i], part) for i, part in enumerate(result))
-    return result
+    if isinstance(result, tuple):
+        return tuple(tap(f"{path}:out{i}", x) for i, x in enumerate(result))
+    return tap(path, result)
 
 
 def _tap(module: Any, name: str, value: jax.Array) -> jax.Array:
@@ -168,73 +174,65 @@ def _by_operation(leaves: Mapping[str, tuple], config: TrainConfig) -> Values:
 def of_torch(pair: Pair, masks: Any) -> tuple[Values, Values]:
     """Each operation's output and its gradient; with dropout, on the masks given."""
     config, theirs = pair.config, pair.torch_model
+    calls = {}
     if config.model.dropout:
-        bridge.replay_masks(theirs, masks, config.model)
         theirs.train()
-    tensors: dict[str, torch.Tensor] = {}
-    hooks = []
-    for layer, block in enumerate(theirs.blocks):
-        taps = {f"block {layer}: {name}": tap[2:] for name, tap in BLOCK_TAPS.items()}
-        for name, tap in taps.items():
-            hooks += _hooks(block, name, *tap, tensors)
-    for name, tap in ROOT_TAPS.items():
-        hooks += _hooks(theirs, name, *tap[2:], tensors)
-    windows = torch.from_numpy(pair.windows)
+        sites = bridge.masks_by_site(masks, config.model)
+        # Attention drops twice: what it makes of v, and the weights by themselves.
+        calls = {site: [mask] * (1 + site.endswith("attend")) for site, mask in sites.items()}
+    places = _torch_places(config.model.n_layers)
+    listener = Listener(wide=False, wanted=places.values(), masks=calls)
+    windows, found = torch.from_numpy(pair.windows), listener.found
     n = torch_ref.loss.n_last(config)
-    loss = torch_ref.loss.loss(theirs(windows[:, :-1]), windows[:, 1:], n)
-    loss.backward()
-    for hook in hooks:
-        hook.remove()
-    values = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    gradients = {
-        name: np.zeros_like(values[name]) if tensor.grad is None else tensor.grad.numpy()
-        for name, tensor in tensors.items()
-    }
+    with _weights_tapped(theirs, found), listener.listening(theirs):
+        loss = torch_ref.loss.loss(theirs(windows[:, :-1]), windows[:, 1:], n)
+        loss.backward()
+    values, gradients = (
+        {name: kind[place][-1] for name, place in places.items() if kind.get(place)}
+        for kind in (found.values, found.gradients)
+    )
     values["loss"] = loss.detach().reshape(1, 1).numpy()
     return _as_jax_lays_out(values, gradients)
 
 
-def _hooks(root: torch.nn.Module, name: str, path: str, end: Any, tensors: dict) -> list:
-    try:
-        return [_hook(root.get_submodule(path), name, end, tensors)]
-    except AttributeError:  # gone, or under another name: the report says so
-        return []
+def _torch_places(n_layers: int) -> dict[str, str]:
+    return {name: theirs for name, (_, theirs) in ROOT_TAPS.items()} | {
+        f"block {layer}: {name}": f"blocks.{layer}.{theirs}".removesuffix(".")
+        for layer in range(n_layers)
+        for name, (_, theirs) in BLOCK_TAPS.items()
+    }
 
 
-def _hook(module: torch.nn.Module, name: str, end: Any, tensors: dict) -> Any:
-    def keep(tensor: torch.Tensor) -> None:
-        if tensor.requires_grad:
-            tensor.retain_grad()
-        tensors[name] = tensor
+@contextlib.contextmanager
+def _weights_tapped(model: torch.nn.Module, found: Pass) -> Iterator[None]:
+    """What each attention multiplies v by: its result for v = identity.
 
-    def keep_alias(_: Any, args: tuple) -> tuple:
-        """Keeps the gradient of this use of the tensor, not of others of the same tensor."""
-        alias = args[0].view_as(args[0])
-        keep(alias)
-        return alias, *args[1:]
-
-    if end == "in":
-        return module.register_forward_pre_hook(keep_alias)
-    if end == "out":
-        return module.register_forward_hook(lambda _, args, result: keep(result))
-    if end == "weights":
-        return module.register_forward_hook(
-            lambda _, args, result: keep(_weights(module, *args, result))
-        )
-    return module.register_forward_pre_hook(lambda _, args: keep(args[end]))
-
-
-def _weights(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: Any) -> Any:
-    """What the module itself multiplies v by: its result for v = identity.
-
-    The weights' gradient is that of y times v^T: they are not in the graph of the loss.
+    The weights' gradient is that of the result times v^T: they are not in the graph of the loss.
     """
-    L = k.shape[2]
-    with torch.no_grad():
-        ones = torch.eye(L, dtype=v.dtype, device=v.device).expand(*v.shape[:2], L, L)
-        weights = type(module).forward(module, q, k, ones)
-    y.register_hook(lambda gradient: setattr(weights, "grad", gradient @ v.detach().mT))
-    return weights
+
+    def hook(path: str, module: Any, args: tuple, y: torch.Tensor) -> None:
+        q, k, v = args
+        L, place = k.shape[2], f"{path}:weights"
+        with torch.no_grad():
+            identity = torch.eye(L, dtype=v.dtype).expand(*v.shape[:2], L, L)
+            weights = type(module).forward(module, q, k, identity)
+        found.values[place].append(weights.numpy())
+        found.gradients[place].append(np.zeros_like(weights))
+
+        def write(gradient: torch.Tensor) -> None:
+            found.gradients[place][-1] = (gradient @ v.detach().mT).numpy()
+
+        y.register_hook(write)
+
+    attentions = [pair for pair in model.named_modules() if pair[0].endswith(".attend")]
+    hooks = [
+        module.register_forward_hook(functools.partial(hook, path)) for path, module in attentions
+    ]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def _as_jax_lays_out(values: Values, gradients: Values) -> tuple[Values, Values]:

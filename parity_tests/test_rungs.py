@@ -31,7 +31,7 @@ def never_drops(*args, dropout_p, **fields):
     return _attention(*args, **fields)
 
 
-def drops_more(x, rate, training):
+def drops_more(x, rate, training, inplace):
     return _dropout(x, rate + 0.01, training) * (1 - rate - 0.01) / (1 - rate)
 
 

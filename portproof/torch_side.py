@@ -114,7 +114,7 @@ class Listener(TorchFunctionMode):
         return dropped @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
 
     def _mask(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        keep = next(self.masks[path], None)
+        keep = next(self.masks.get(path, iter(())), None)
         if keep is None or keep.shape != tuple(x.shape):
             ours = "no more masks" if keep is None else f"a mask of {list(keep.shape)}"
             raise BadInput(

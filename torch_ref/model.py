@@ -9,41 +9,21 @@ from torch import nn
 from jax_model5.config import ModelConfig
 
 
-class Dropout(nn.Module):
-    """A dropout site: PyTorch's own random mask, or the one in `mask` while it is set."""
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v with dropout on the weights, for q, k, v [B, H, L, K]."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        self.mask: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask is None or not self.training:
-            return F.dropout(x, self.rate, self.training)
-        return x * self.mask / (1 - self.rate)
-
-
-class CausalAttention(Dropout):
-    """softmax(q k^T / sqrt(K)) v with dropout on the weights, for q, k, v [B, H, L, K]."""
-
-    def forward(  # type: ignore[override]
+    def forward(
         self, q_BxHxLxK: torch.Tensor, k_BxHxLxK: torch.Tensor, v_BxHxLxK: torch.Tensor
     ) -> torch.Tensor:
-        if self.mask is None or not self.training:
-            # The function does not know eval mode: self.training switches its dropout by hand.
-            return F.scaled_dot_product_attention(
-                q_BxHxLxK,
-                k_BxHxLxK,
-                v_BxHxLxK,
-                is_causal=True,
-                dropout_p=self.rate if self.training else 0.0,
-            )
-        # The same by hand, because scaled_dot_product_attention cannot take a dropout mask.
-        L, K = q_BxHxLxK.shape[-2:]
-        scores_BxHxLxL = q_BxHxLxK @ k_BxHxLxK.transpose(-2, -1) / math.sqrt(K)
-        is_future_LxL = torch.ones(L, L, dtype=torch.bool, device=scores_BxHxLxL.device).triu(1)
-        weights_BxHxLxL = scores_BxHxLxL.masked_fill(is_future_LxL, -math.inf).softmax(dim=-1)
-        return super().forward(weights_BxHxLxL) @ v_BxHxLxK
+        # The function does not know eval mode: self.training switches its dropout by hand.
+        rate = self.rate if self.training else 0.0
+        return F.scaled_dot_product_attention(
+            q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, is_causal=True, dropout_p=rate
+        )
 
 
 class Attention(nn.Module):
@@ -70,12 +50,12 @@ class Block(nn.Module):
         D = config.d_model
         self.ln_1 = nn.LayerNorm(D)
         self.attn = Attention(config)
-        self.attn_drop = Dropout(config.dropout_at("attention_output"))
+        self.attn_drop = nn.Dropout(config.dropout_at("attention_output"))
         self.ln_2 = nn.LayerNorm(D)
         self.fc = nn.Linear(D, 4 * D)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
         self.out = nn.Linear(4 * D, D)
-        self.mlp_drop = Dropout(config.dropout_at("mlp"))
+        self.mlp_drop = nn.Dropout(config.dropout_at("mlp"))
 
     def forward(self, x_BxLxD: torch.Tensor) -> torch.Tensor:
         x_BxLxD = x_BxLxD + self.attn_drop(self.attn(self.ln_1(x_BxLxD)))
@@ -90,7 +70,7 @@ class Model5(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
-        self.drop = Dropout(config.dropout_at("embedding"))
+        self.drop = nn.Dropout(config.dropout_at("embedding"))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
