@@ -714,8 +714,8 @@ def case(
     optimizer: OptimizerConfig | None = None,
     **model_fields: Any,
 ) -> TrainConfig:
-    # No two sizes that a mistake could take for each other are equal: H and K, D and K², B and N.
-    fields = {"vocab_size": 61, "seq_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 3}
+    # No two sizes that a mistake could take for each other are equal: H, K and L, D and K², B and N.
+    fields = {"vocab_size": 61, "seq_len": 9, "d_model": 16, "n_heads": 2, "n_layers": 3}
     fields |= {"dropout": 0.0, "dtype": dtype} | model_fields
     return TrainConfig(
         objective=objective,
@@ -729,16 +729,16 @@ def case(
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "3 layers, 2 heads, L 8": {},
-    "1 layer, 1 head, L 8, batch 1, tanh": {
+    "3 layers, 2 heads, L 9": {},
+    "1 layer, 1 head, L 9, batch 1, tanh": {
         "n_layers": 1,
         "n_heads": 1,
         "batch_size": 1,
         "gelu": "tanh",
     },
-    "3 layers, 1 head, L 64, unscaled logits": {
+    "3 layers, 1 head, L 65, unscaled logits": {
         "n_heads": 1,
-        "seq_len": 64,
+        "seq_len": 65,
         "scale_logits": False,
         "batch_size": 1,
     },

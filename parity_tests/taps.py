@@ -2,8 +2,7 @@
 
 Nothing in the models knows of it: Flax's method interceptors and portproof's hooks see each
 module's input and output, and q, k, v, the attention weights and the rest are among them. JAX's
-go through a collection, not through portproof's callbacks: XLA keeps no program that calls back,
-and compiling them again would be most of the report's time.
+are sown, not handed to portproof's callbacks: JAX's cache keeps no program that calls back.
 """
 
 import contextlib
