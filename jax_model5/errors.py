@@ -31,10 +31,10 @@ def require(holds: bool, field: str, value: object, fix: str) -> None:
         raise UserError(f"{field}={value!r}: {fix}")
 
 
-def require_torch(field: str, value: object) -> None:
-    """Raises UserError where PyTorch, which only the reference needs, is not installed."""
-    is_there = importlib.util.find_spec("torch") is not None
-    require(is_there, field, value, "needs PyTorch; pip install -e '.[test]'")
+def require_installed(package: str, field: str, value: object) -> None:
+    """Raises UserError where a package that only this needs is not there."""
+    is_there = importlib.util.find_spec(package) is not None
+    require(is_there, field, value, f"needs {package}; pip install -e '.[test]'")
 
 
 @contextlib.contextmanager

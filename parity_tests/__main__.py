@@ -12,12 +12,12 @@ import jax
 
 import portproof
 from jax_model5.config import TrainConfig
-from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_torch
+from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_installed
 
 if __name__ == "__main__":  # before what imports it
     jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     with one_line_errors():
-        require_torch("command", "python -m parity_tests")
+        require_installed("torch", "command", "python -m parity_tests")
 
 from parity_tests import drift, faults, ladder, page, report, shared
 

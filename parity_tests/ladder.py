@@ -714,7 +714,7 @@ def case(
     optimizer: OptimizerConfig | None = None,
     **model_fields: Any,
 ) -> TrainConfig:
-    # No two sizes that a mistake could take for each other are equal: H, K and L, D and K², B and N.
+    # No two sizes that a mistake could take for each other are equal: H, K, L; D, K²; B, N.
     fields = {"vocab_size": 61, "seq_len": 9, "d_model": 16, "n_heads": 2, "n_layers": 3}
     fields |= {"dropout": 0.0, "dtype": dtype} | model_fields
     return TrainConfig(

@@ -9,9 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jax_model5 import step, trees
+from jax_model5 import model, step, trees
 from jax_model5.bench import __main__ as bench
-from jax_model5.bench import cases, measure, peers, rounds
+from jax_model5.bench import cases, ctranslate2_peer, measure, peers, rounds
 from jax_model5.config import TrainConfig, to_yaml
 from jax_model5.errors import UserError
 from tests.tiny import run, tiny, with_model
@@ -201,6 +201,7 @@ def test_a_sweep_predicts_and_measures(tmp_path, case_file, monkeypatch):
         ("--prompt 256 --generate", "prompt=256: the window is model.seq_len=256"),
         ("--batch 3 --sweep batch", "batch=3: the batch is swept without it"),
         ("--peer flax --generate", "peer='flax': a text has the peers course, transformers"),
+        ("--peer ctranslate2", "peer='ctranslate2': a step has the peers course, tuned, flax"),
         ("--sweep batch --generate", "leave out --sweep"),
         ("--dtype float32 --dtype bfloat16 --sweep batch", "one --dtype at a time"),
         ("--accumulate 2 --sweep batch", "the batch is swept without it"),
@@ -287,19 +288,41 @@ def test_the_bound_of_a_text_reads_what_each_token_reads(monkeypatch):
     assert trees.n_bytes(read[0]) == trees.n_bytes(params) - embeddings
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"gelu": "tanh", "tied_head": False, "scale_logits": False}]
+)
+def test_ctranslate2_writes_with_our_logits(fields):
+    """At random weights, far from the init."""
+    sizes = {"vocab_size": 61, "seq_len": 9, "d_model": 24, "n_heads": 4, "n_layers": 3}
+    config = with_model(TrainConfig(), **sizes, **fields)
+    shapes, c = step.abstract_state(config).params, config.model
+    random = np.random.default_rng(0)
+    draw = lambda leaf: random.normal(0.1, 0.2, leaf.shape).astype(np.float32)  # noqa: E731
+    params = jax.tree.map(draw, shapes)
+    tokens_BxL = random.integers(0, 61, (2, 9))
+    engine = ctranslate2_peer.loaded(trees.to_layout(params, c, "torch_ref"), c)
+    found = np.array(engine.forward_batch(tokens_BxL.tolist()))
+    ours = model.Model5(c).apply({"params": params}, tokens_BxL, n_last=9, deterministic=True)
+    np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max())
+    written = ctranslate2_peer.write_texts(engine, tokens_BxL[:, :4], 5)
+    assert [len(one.sequences_ids[0]) for one in written] == [5, 5]
+
+
 @pytest.mark.slow
 def test_texts_are_compared_with_transformers_and_the_bound(tmp_path, text_file):
     config = with_model(tiny(tmp_path, text_file), seq_len=256)
     path = tmp_path / "tiny.yaml"
     path.write_text(to_yaml(config))
-    arguments = f"--case {path} --generate --batch 3 --prompt 200 --peer transformers --rounds 2"
-    arguments = [*arguments.split(), "--out", tmp_path]
+    arguments = f"--case {path} --generate --batch 3 --prompt 200 --rounds 2"
+    others = ["transformers", "compiled_transformers", "ctranslate2"]
+    arguments = [*arguments.split(), *(f"--peer={name}" for name in others), "--out", tmp_path]
     code, stdout, stderr = run(*arguments, module="jax_model5.bench")
     assert code == 0, stderr
     assert "all weights and the cache read in" in stdout
-    assert "jax float32 against torch transformers float32" in stdout
+    for name in ("torch transformers", "torch compiled transformers", "ctranslate2"):
+        assert f"jax float32 against {name} float32" in stdout
     result = json.loads((tmp_path / "tiny_final_token_batch_3_generate_200.json").read_text())
-    ours, theirs = result["programs"]
+    ours, theirs, *_ = result["programs"]
     assert (result["texts"], result["generated_tokens"]) == (3, 56)
     assert ours["tokens_per_s"] == 3 * 56 / ours["seconds"]["median"]
     assert ours["of_bound"] == ours["tokens_per_s"] / 3 * result["bound_s"] > 0

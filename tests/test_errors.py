@@ -206,7 +206,7 @@ def test_what_needs_pytorch_says_so(command):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert line.endswith("needs PyTorch; pip install -e '.[test]'")
+    assert line.endswith("needs torch; pip install -e '.[test]'")
 
 
 STREAMS = {

@@ -131,9 +131,13 @@ class TransformersModel5(torch.nn.Module):
             theirs[name] = weight.T if is_linear else weight
         return self.gpt2.load_state_dict(theirs)
 
-    def writer(self) -> Any:
+    def writer(self, is_compiled: bool) -> Any:
         """A copy for texts, in the model's dtype."""
-        return copy.deepcopy(self.gpt2).to(getattr(torch, self.config.dtype)).eval()
+        gpt2 = copy.deepcopy(self.gpt2).to(getattr(torch, self.config.dtype)).eval()
+        if is_compiled:
+            gpt2.forward = torch.compile(gpt2.forward)
+            gpt2.generation_config.cache_implementation = "static"  # one shape for all tokens
+        return gpt2
 
 
 def write_by_transformers(gpt2: Any, prompt_BxT: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -180,13 +184,17 @@ def course_step(model: Model5, config: TrainConfig) -> Callable:
     return lambda windows: train_step(model, optimizer, scheduler, windows, config)["loss"]
 
 
+_TRANSFORMERS = ("transformers", "compiled_transformers")  # the second writes texts so
+_VARIANTS = ("course", "eager", "compile", *_TRANSFORMERS)
+
+
 def trained(variant: str, config: TrainConfig, device: torch.device) -> tuple[Any, Callable]:
     """The model, and its step: windows [B, L + 1] -> loss."""
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     if variant == "course":
         model = Model5(config.model).to(device, dtype)
         return model, course_step(model, config)
-    kind = TransformersModel5 if variant == "transformers" else TunedModel5
+    kind = TransformersModel5 if variant in _TRANSFORMERS else TunedModel5
     tuned = kind(config.model).to(device, dtype)
     return tuned, tuned_step(tuned, config, is_compiled=variant == "compile")
 
@@ -201,8 +209,8 @@ def text_writer(
         n = min(NEW_TOKENS, config.model.seq_len - prompt)
         tokens = corpus.tokens_T[: B * prompt].astype("int64").reshape(B, prompt)
         prompt_BxT = torch.from_numpy(tokens).to(device)
-        if variant == "transformers":
-            writers[:] = writers or [model.writer()]
+        if variant in _TRANSFORMERS:
+            writers[:] = writers or [model.writer(variant != "transformers")]
             return timed(lambda: write_by_transformers(writers[0], prompt_BxT, n))
         with autocast(prompt_BxT, config):
             return timed(lambda: generate(model, prompt_BxT, n))
@@ -213,9 +221,8 @@ def text_writer(
 def main() -> None:
     with one_line_errors():
         variant, *args = sys.argv[1:] or [""]
-        if variant not in ("course", "eager", "compile", "transformers"):
-            words = "course, eager, compile or transformers"
-            raise UserError(f"{variant!r}: the first argument is {words}")
+        if variant not in _VARIANTS:
+            raise UserError(f"{variant!r}: the first argument is one of {', '.join(_VARIANTS)}")
         config = parse(args, "torch_ref.bench")
         require_plain(config)
         corpus = load_corpus(config)

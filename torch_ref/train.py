@@ -9,11 +9,11 @@ from typing import Any
 from jax_model5.batches import test_batches, train_batch
 from jax_model5.config import TrainConfig, parse
 from jax_model5.corpus import Corpus, describe, load_corpus
-from jax_model5.errors import disk_errors, one_line_errors, require_torch
+from jax_model5.errors import disk_errors, one_line_errors, require_installed
 
 if __name__ == "__main__":  # before what imports it
     with one_line_errors():
-        require_torch("command", "python -m torch_ref.train")
+        require_installed("torch", "command", "python -m torch_ref.train")
 
 import torch
 

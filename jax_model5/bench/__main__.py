@@ -35,13 +35,21 @@ from jax_model5.errors import (
     one_line_errors,
     require,
     require_at_least_1,
-    require_torch,
+    require_installed,
 )
 from jax_model5.flops import peak_bfloat16, step_flops
 from jax_model5.losses import n_last
 from jax_model5.startup import note
 
 STEP_PEERS = ("course", "tuned", "flax", "transformers")
+_NEEDS = {
+    "course": ["torch"],
+    "tuned": ["torch"],
+    "flax": [],
+    "transformers": ["torch", "transformers"],
+    "compiled_transformers": ["torch", "transformers"],
+    "ctranslate2": ["ctranslate2"],
+}
 _EVALS, _MATMULS = 3, 10
 
 
@@ -59,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = "repeat it to measure each; default: the case's own"
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help=dtypes)
     peers = "time another too: PyTorch as the course writes it, the fastest we know, plain Flax"
-    peers += ", GPT-2 of transformers; repeat it for more"
+    peers += ", GPT-2 of transformers, and for texts CTranslate2; repeat it for more"
     names = [*dict.fromkeys((*STEP_PEERS, *TEXT_PEERS))]
     parser.add_argument("--peer", action="append", default=[], choices=names, help=peers)
     text = "time the writing of a text of 200 tokens instead"
@@ -89,9 +97,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     what, allowed = ("a text", [*TEXT_PEERS]) if options.generate else ("a step", [*STEP_PEERS])
     for peer in options.peer:
         require(peer in allowed, "peer", peer, f"{what} has the peers {', '.join(allowed)}")
-    for peer in options.peer:
-        if peer != "flax":
-            require_torch("peer", peer)
+        for package in _NEEDS[peer]:
+            require_installed(package, "peer", peer)
     return options
 
 

@@ -1,4 +1,4 @@
-"""Seconds to write a batch of texts: our KV cache, the course's loop, transformers."""
+"""Seconds to write a batch of texts: our KV cache, the course's loop, transformers, an engine."""
 
 import itertools
 import statistics
@@ -8,11 +8,23 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_model5.bench.cases import new_tokens
-from jax_model5.bench.peers import course, ended, ours, transformers
+from jax_model5.bench.peers import (
+    compiled_transformers,
+    course,
+    ctranslate2,
+    ended,
+    ours,
+    transformers,
+)
 from jax_model5.bench.rounds import in_turn, ratio, require_one_device, summary
 from jax_model5.config import TrainConfig
 
-TEXT_PEERS = {"course": course, "transformers": transformers}
+TEXT_PEERS = {
+    "course": course,
+    "transformers": transformers,
+    "compiled_transformers": compiled_transformers,
+    "ctranslate2": ctranslate2,
+}
 _READS = 5
 
 

@@ -40,10 +40,22 @@ def transformers(config: TrainConfig, dtype: str, scratch: Path) -> Program:
     return _torch("transformers", config, dtype, scratch)
 
 
+def compiled_transformers(config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    """The same, writing texts by a compiled forward pass and a cache of one shape."""
+    return _torch("compiled_transformers", config, dtype, scratch)
+
+
+def ctranslate2(config: TrainConfig, dtype: str, scratch: Path) -> Program:
+    """An engine that only generates."""
+    path = _config_file(with_model(config, dtype=dtype), scratch)
+    command = [sys.executable, "-m", "jax_model5.bench.ctranslate2_peer", "--config", path]
+    return Program(f"ctranslate2 {dtype}", command, {})
+
+
 def _torch(variant: str, config: TrainConfig, dtype: str, scratch: Path) -> Program:
     path = _config_file(with_model(config, dtype=dtype), scratch)
     command = [sys.executable, "-m", "torch_ref.bench", variant, "--config", path]
-    label = f"tuned {variant}" if variant in ("eager", "compile") else variant
+    label = f"tuned {variant}" if variant in ("eager", "compile") else variant.replace("_", " ")
     return Program(f"torch {label} {dtype}", command, {})
 
 
