@@ -285,6 +285,9 @@ def position_losses(config: TrainConfig) -> Comparisons:
         return torch_ref.loss.loss(logits_BxLxV[rows, : t + 1], targets_BxL[rows, : t + 1], 1)
 
     expected_BxL = np.array([[of_one(b, t) for t in range(L)] for b in range(B)])
+    for name, n in (("final_token", 1), ("all_tokens", L), ("last_k", config.last_k)):
+        of = dataclasses.replace(config, objective=name)
+        yield f"positions of {name}", [losses.n_last(of), torch_ref.loss.n_last(of)], [n, n]
     # Each half of the attention one query; chunks of two positions with a rest; and of one, whose
     # rows are too many.
     for rows, n in ((3, 1), (3, 2), (3, min(5, L)), (3, L), (B, L)):
@@ -773,7 +776,9 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
     "adamw, cosine, warm-up, clipped": dataclasses.replace(
         ADAMW, schedule="cosine", warmup_steps=2, clip_norm=0.5
     ),
-    "adam, linear": dataclasses.replace(ADAMW, name="adam", schedule="linear", weight_decay=0.1),
+    "adam, linear after one step": dataclasses.replace(
+        ADAMW, name="adam", schedule="linear", warmup_steps=1, weight_decay=0.1
+    ),
     "adamw, other moments": dataclasses.replace(ADAMW, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1),
     "sgd, momentum": OptimizerConfig(name="sgd", learning_rate=0.1, weight_decay=0.1),
     "sgd": OptimizerConfig(name="sgd", learning_rate=0.1, b1=0.0),

@@ -21,7 +21,7 @@ Figure = tuple[str, str, Any, Any]
 def figures() -> list[Figure]:
     """Of a block, by `remat`; of the loss, in chunks or not; of the norms. No array is made."""
     with jax.disable_jit(False):  # without jit, as some mutants are run, a scan is a Python loop
-        return [*_of_blocks(), *_of_devices(), *_of_the_loss()]
+        return [*_of_blocks(), *_of_devices(), *_of_a_mesh(), *_of_the_loss()]
 
 
 def _of_blocks() -> Iterator[Figure]:
@@ -65,6 +65,20 @@ def _of_devices() -> Iterator[Figure]:
         yield "logits", f"rows of the table in the products of a {device}", widths, {width}
         barriers = len(traced["optimization_barrier"])
         yield "step", f"barriers before the norms on a {device}", barriers, 0 if is_gpu else 2
+
+
+def _of_a_mesh() -> Iterator[Figure]:
+    """Each device computes its own rows: XLA's partitioner has nothing to decide."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=auto)
+    for operation, function in (("step", step.loss_and_gradients), ("evaluation", _test)):
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = _traced(function, _config(1, n_rows=4))
+        yield operation, "programs for each device of four", len(traced["shard_map"]), 1
+
+
+def _test(state: Any, _: Any, windows_BxL1: jax.Array, *, config: TrainConfig) -> Any:
+    return step.eval_step(state.params, windows_BxL1, config=config)
 
 
 def _of_the_loss() -> Iterator[Figure]:

@@ -168,8 +168,8 @@ def _first_difference(mutant: Mutant, is_of_a_pass: bool) -> tuple[Any, str] | N
     """
     from parity_tests import report
 
-    config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope}"
-    first = next((stages for part, stages in _FIRST.items() if re.search(part, place)), ())
+    config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope} {mutant.code}"
+    first = next((stages for part, stages in _FIRST.items() if re.match(part, place)), ())
     rows = report.rows(config, first)
     is_compiled = not is_of_a_pass
     while True:
@@ -182,18 +182,20 @@ def _first_difference(mutant: Mutant, is_of_a_pass: bool) -> tuple[Any, str] | N
         is_compiled |= row.stage not in (*first, "parameters", "operations")
 
 
-# Stages that see a place's faults soonest; the others come after them.
+# Stages that see a place's faults soonest (file:scope, a blank, the line); the others come after.
 _FIRST = {
-    r":(init_(?!state)|\w+_init$|Model5\._init)": ("initial weights",),
-    "optimizer|schedule": ("optimizer", "step"),
-    "eval_step": ("train and eval mode",),
-    r"step\.py:_norm": ("memory",),
-    r"step\.py": ("gradients", "step"),
-    "run_block|features|_in_chunks|_padded": ("memory",),
-    ":Dropout|threefry|keep_mask|_bits|threshold": (
+    r"\S*:(init_(?!state)|\w+_init |Model5\._init)": ("initial weights",),
+    r"\S*(optimizer|schedule)": ("optimizer", "step"),
+    r"\S*eval_step": ("train and eval mode",),
+    r"\S*step\.py:_norm": ("memory",),
+    r"\S*step\.py": ("gradients", "step"),
+    r"\S*(run_block|features|_in_chunks|_padded)": ("memory",),
+    r"\S*(:Dropout|threefry|keep_mask|_bits|threshold)": (
         "operations, dropout on",
         "dropout by chance",
     ),
+    r"\S*model\.py:\S*(_cached| .*(cache|slots))": ("suffix path and KV cache",),
+    r"\S*kernels\.py:(at_least|\w*matmul|\w*product)": ("parameters", "operations", "bfloat16"),
 }
 
 

@@ -185,12 +185,14 @@ def of_torch(pair: Pair, masks: Any) -> tuple[Values, Values]:
     n = torch_ref.loss.n_last(config)
     with _weights_tapped(theirs, found), listener.listening(theirs):
         loss = torch_ref.loss.loss(theirs(windows[:, :-1]), windows[:, 1:], n)
-        loss.backward()
+        if getattr(loss, "requires_grad", False) and loss.ndim == 0:  # else all gradients are 0
+            loss.backward()
     values, gradients = (
         {name: kind[place][-1] for name, place in places.items() if kind.get(place)}
         for kind in (found.values, found.gradients)
     )
-    values["loss"] = loss.detach().reshape(1, 1).numpy()
+    if torch.is_tensor(loss):
+        values["loss"] = loss.detach().reshape(1, -1).numpy()
     return _as_jax_lays_out(values, gradients)
 
 
@@ -221,7 +223,8 @@ def _weights_tapped(model: torch.nn.Module, found: Pass) -> Iterator[None]:
         def write(gradient: torch.Tensor) -> None:
             found.gradients[place][-1] = (gradient @ v.detach().mT).numpy()
 
-        y.register_hook(write)
+        if y.requires_grad:
+            y.register_hook(write)
 
     attentions = [pair for pair in model.named_modules() if pair[0].endswith(".attend")]
     hooks = [
