@@ -32,7 +32,7 @@ def require(holds: bool, field: str, value: object, fix: str) -> None:
 
 
 def require_installed(package: str, field: str, value: object) -> None:
-    """Raises UserError where a package that only this needs is not there."""
+    """Raises UserError where a package, which only this value needs, is not installed."""
     is_there = importlib.util.find_spec(package) is not None
     require(is_there, field, value, f"needs {package}; pip install -e '.[test]'")
 

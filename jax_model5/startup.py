@@ -92,8 +92,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
+def n_cores() -> int:
+    """Those that this process may use."""
+    is_linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What else does: on CPUs a sum is split by the cores that the process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"devices": jax.device_count(), "device": jax.devices()[0].device_kind}
-    return found | ({"cores": cores} if jax.default_backend() == "cpu" else {})
+    return found | ({"cores": n_cores()} if jax.default_backend() == "cpu" else {})

@@ -226,14 +226,19 @@ def logits(self, x):
     return x @ self.head_VxD.T / self.config.d_model
 
 
-@flax.linen.module.wrap_method_once
-@flax.linen.compact
-def __call__(self, x, *, deterministic):
-    if deterministic or self.rate == 0:
-        return x
-    keep = model.keep_mask(self.make_rng("dropout"), self.rate, x.shape)
-    self.sow("masks", "keep", keep)
-    return jnp.where(keep, x / self.rate, 0)
+def _dropout(divisor=lambda rate: 1 - rate, without=""):
+    """jax_model5.model.Dropout with another rescaling, or a site that keeps all."""
+
+    @flax.linen.module.wrap_method_once
+    @flax.linen.compact
+    def __call__(self, x, *, deterministic):
+        if deterministic or self.rate == 0 or self.name == without:
+            return x
+        keep = model.keep_mask(self.make_rng("dropout"), self.rate, x.shape)
+        self.sow("masks", "keep", keep)
+        return jnp.where(keep, x / divisor(self.rate), 0)
+
+    return __call__
 
 
 def _kernels_only(params):
@@ -548,7 +553,15 @@ FAULTS = [
             "7 trajectory, dropout",
             "loss",
             "embedding dropout",
-            _replace(model.Dropout, "__call__", __call__),
+            _replace(model.Dropout, "__call__", _dropout(divisor=lambda rate: rate)),
+        ),
+        (
+            "a site that does not drop",
+            JAX,
+            "7 trajectory, dropout",
+            "loss",
+            "block 0: attention residual",
+            _replace(model.Dropout, "__call__", _dropout(without="attn_drop")),
         ),
         # optimizer
         (
@@ -621,7 +634,7 @@ FAULTS = [
             PYTORCH,
             "8 train/eval",
             "PyTorch drops",
-            "train and eval mode",
+            "embedding dropout",
             _no_dropout_of_its_own,
         ),
         (

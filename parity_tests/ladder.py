@@ -21,6 +21,7 @@ import torch_ref.step
 from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, programs, step
 from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from parity_tests import bridge, chance, memory
+from portproof.port import BadInput
 from portproof.report import FLOAT64_TOLERANCE, relative
 from portproof.torch_side import Listener
 
@@ -261,11 +262,11 @@ def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int)
 def _cached_logits(
     params: Any, tokens_BxL: jax.Array, pad_B: jax.Array, *, config: TrainConfig
 ) -> jax.Array:
-    """As text is generated: after the first half at once, and after each of four more tokens."""
+    """As text is generated: after the first half at once, and after each of five more tokens."""
     unstacked, c = generate.unstack(params, config.model), config.model
     cache = generate.empty_cache(c, len(tokens_BxL), c.seq_len)
     half, parts = c.seq_len // 2, []
-    for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 4)))]:
+    for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 5)))]:
         tokens_BxT = tokens_BxL[:, start:end]
         x_Bx1xD, cache = generate.extend(unstacked, cache, tokens_BxT, start, pad_B, 1, c)
         parts.append(generate.logits(unstacked, x_Bx1xD, c))
@@ -681,7 +682,7 @@ def measure(rung: str, case: str, config: TrainConfig) -> list[Measurement]:
                 (where, relative(found, expected), max_abs(found, expected))
                 for where, found, expected in RUNGS[rung](config)
             ]
-        except bridge.Mismatch as mismatch:
+        except (bridge.Mismatch, BadInput) as mismatch:
             comparisons = [(str(mismatch), np.inf, np.inf)]
     return [Measurement(rung, dtype, case, *comparison) for comparison in comparisons]
 

@@ -165,7 +165,9 @@ def _stop(error: Exception, stage: str, config: TrainConfig) -> Row:
     ]
     stack = tuple(f"{path.stem}.{name}" for _, path, _, name in frames)
     words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if frames:
+    if isinstance(error, portproof.BadInput):  # a mask that does not fit: either side may be wrong
+        words = str(error)
+    elif frames:
         calls = [f"{path.parent.name}/{path.name}:{line}" for _, path, line, _ in frames[::-1]]
         words = f"{frames[-1][0]} stops there ({', from '.join(calls)}): {words}"
     place = stack[-1] if stack else stage

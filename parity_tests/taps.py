@@ -183,13 +183,14 @@ def of_torch(pair: Pair, masks: Any) -> tuple[Values, Values]:
     listener = Listener(wide=False, wanted=places.values(), masks=calls)
     windows, found = torch.from_numpy(pair.windows), listener.found
     n = torch_ref.loss.n_last(config)
+    # In this order: the weights are made while the listener knows that their module runs.
     with _weights_tapped(theirs, found), listener.listening(theirs):
         loss = torch_ref.loss.loss(theirs(windows[:, :-1]), windows[:, 1:], n)
         if getattr(loss, "requires_grad", False) and loss.ndim == 0:  # else all gradients are 0
             loss.backward()
     values, gradients = (
-        {name: kind[place][-1] for name, place in places.items() if kind.get(place)}
-        for kind in (found.values, found.gradients)
+        {name: calls[place][-1] for name, place in places.items() if calls.get(place)}
+        for calls in (found.values, found.gradients)
     )
     if torch.is_tensor(loss):
         values["loss"] = loss.detach().reshape(1, -1).numpy()
@@ -216,8 +217,8 @@ def _weights_tapped(model: torch.nn.Module, found: Pass) -> Iterator[None]:
         L, place = k.shape[2], f"{path}:weights"
         with torch.no_grad():
             identity = torch.eye(L, dtype=v.dtype).expand(*v.shape[:2], L, L)
-            weights = type(module).forward(module, q, k, identity)
-        found.values[place].append(weights.numpy())
+            weights = type(module).forward(module, q, k, identity).numpy()
+        found.values[place].append(weights)
         found.gradients[place].append(np.zeros_like(weights))
 
         def write(gradient: torch.Tensor) -> None:
@@ -226,9 +227,10 @@ def _weights_tapped(model: torch.nn.Module, found: Pass) -> Iterator[None]:
         if y.requires_grad:
             y.register_hook(write)
 
-    attentions = [pair for pair in model.named_modules() if pair[0].endswith(".attend")]
     hooks = [
-        module.register_forward_hook(functools.partial(hook, path)) for path, module in attentions
+        module.register_forward_hook(functools.partial(hook, path))
+        for path, module in model.named_modules()
+        if path.endswith(".attend")
     ]
     try:
         yield

@@ -31,6 +31,13 @@ def test_no_two_sizes_of_the_reports_model_are_equal(dtype):
     assert len(set(sizes)) == len(sizes)
 
 
+@pytest.mark.parametrize("fields", [*ladder.SHAPES.values(), *ladder.VARIANTS.values()], ids=str)
+def test_in_no_case_are_positions_as_many_as_another_size(fields):
+    c = ladder.case("float64", **fields).model
+    D = c.d_model
+    assert c.seq_len not in (c.n_heads, D // c.n_heads, D, 3 * D, 4 * D, c.vocab_size)
+
+
 @pytest.mark.slow
 def test_no_operation_differs():
     code, out, err = run(module="parity_tests")

@@ -94,7 +94,7 @@ class Listener(TorchFunctionMode):
     ) -> Any:
         if not training or p == 0:
             return x
-        if self.masks:
+        if path in self.masks:
             return x * self._mask(path, x) / (1 - p)
         result = DROPOUT(x, p, True)
         self.found.drawn[path] = result[x != 0].numpy(force=True), p
@@ -114,12 +114,12 @@ class Listener(TorchFunctionMode):
         return dropped @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
 
     def _mask(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        keep = next(self.masks.get(path, iter(())), None)
+        keep = next(self.masks[path], None)
         if keep is None or keep.shape != tuple(x.shape):
             ours = "no more masks" if keep is None else f"a mask of {list(keep.shape)}"
             raise BadInput(
-                f"PyTorch drops of {list(x.shape)} at {path}, where JAX has {ours}; mend the "
-                "table of masks, or give the row a function that joins JAX's"
+                f"PyTorch drops of {list(x.shape)} at {path}, where JAX has {ours}; drop at the "
+                "same places, or give the row of masks a function that joins JAX's"
             )
         return to_torch(keep != 0).to(x.dtype)
 

@@ -1,8 +1,9 @@
 """PyTorch's side of the benchmark: the course's step, and the fastest one for the same work.
 
-`python -m torch_ref.bench course|eager|compile|transformers [--config FILE]` speaks the protocol of
+`python -m torch_ref.bench VARIANT [--config FILE]` speaks the protocol of
 jax_model5/bench/measure.py: JSON when the first step is done, then for each line `step N`.
-transformers is Hugging Face's GPT-2 in the place of our model.
+The variants: course, eager, compile; transformers, Hugging Face's GPT-2 in the place of our model;
+compiled_transformers, the same where texts are written by a compiled program.
 """
 
 import copy
@@ -135,8 +136,12 @@ class TransformersModel5(torch.nn.Module):
         """A copy for texts, in the model's dtype."""
         gpt2 = copy.deepcopy(self.gpt2).to(getattr(torch, self.config.dtype)).eval()
         if is_compiled:
-            gpt2.forward = torch.compile(gpt2.forward)
-            gpt2.generation_config.cache_implementation = "static"  # one shape for all tokens
+            from transformers import CompileConfig
+
+            how = gpt2.generation_config
+            how.cache_implementation = "static"  # one shape for all tokens
+            how.compile_config = CompileConfig()
+            how.compile_config._compile_all_devices = True  # else on a GPU only
         return gpt2
 
 
@@ -184,7 +189,7 @@ def course_step(model: Model5, config: TrainConfig) -> Callable:
     return lambda windows: train_step(model, optimizer, scheduler, windows, config)["loss"]
 
 
-_TRANSFORMERS = ("transformers", "compiled_transformers")  # the second writes texts so
+_TRANSFORMERS = ("transformers", "compiled_transformers")  # they differ in how texts are written
 _VARIANTS = ("course", "eager", "compile", *_TRANSFORMERS)
 
 
@@ -210,7 +215,7 @@ def text_writer(
         tokens = corpus.tokens_T[: B * prompt].astype("int64").reshape(B, prompt)
         prompt_BxT = torch.from_numpy(tokens).to(device)
         if variant in _TRANSFORMERS:
-            writers[:] = writers or [model.writer(variant != "transformers")]
+            writers[:] = writers or [model.writer(is_compiled=variant == "compiled_transformers")]
             return timed(lambda: write_by_transformers(writers[0], prompt_BxT, n))
         with autocast(prompt_BxT, config):
             return timed(lambda: generate(model, prompt_BxT, n))

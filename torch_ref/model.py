@@ -19,7 +19,7 @@ class CausalAttention(nn.Module):
     def forward(
         self, q_BxHxLxK: torch.Tensor, k_BxHxLxK: torch.Tensor, v_BxHxLxK: torch.Tensor
     ) -> torch.Tensor:
-        # The function does not know eval mode: self.training switches its dropout by hand.
+        # Unlike nn.Dropout the function drops in eval mode, too.
         rate = self.rate if self.training else 0.0
         return F.scaled_dot_product_attention(
             q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, is_causal=True, dropout_p=rate

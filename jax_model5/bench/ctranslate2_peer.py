@@ -5,7 +5,6 @@
 
 import importlib.metadata
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,13 +16,13 @@ import numpy as np
 from ctranslate2.specs.common_spec import Activation
 from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
 
+from jax_model5 import startup
 from jax_model5.bench.cases import new_tokens
 from jax_model5.bench.measure import serve, timed
 from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
-from jax_model5.errors import one_line_errors, require
+from jax_model5.errors import UserError, one_line_errors, require
 from jax_model5.programs import Programs
-from jax_model5.startup import set_up_jax
 from jax_model5.trees import to_layout
 
 
@@ -32,12 +31,13 @@ def loaded(weights: Mapping[str, np.ndarray], config: ModelConfig) -> ctranslate
     spec = specification(weights, config)
     with tempfile.TemporaryDirectory() as folder:
         spec.save(folder)
-        cores = len(os.sched_getaffinity(0))
-        return ctranslate2.Generator(folder, compute_type="float32", intra_threads=cores)
+        return ctranslate2.Generator(
+            folder, compute_type="float32", intra_threads=startup.n_cores()
+        )
 
 
-def specification(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Any:
-    c = config
+def specification(weights: Mapping[str, np.ndarray], c: ModelConfig) -> TransformerDecoderModelSpec:
+    """Model 5 in their terms, as their converter writes GPT-2; the head divides the logits."""
     activation = {"erf": Activation.GELU, "tanh": Activation.GELUTanh}[c.gelu]
     spec = TransformerDecoderModelSpec.from_config(
         c.n_layers, c.n_heads, pre_norm=True, activation=activation
@@ -70,7 +70,7 @@ def specification(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Any
 
 
 def write_texts(generator: ctranslate2.Generator, prompt_BxT: np.ndarray, n_tokens: int) -> Any:
-    """Drawn from the whole distribution, none of them ended early."""
+    """None ends early: token 0, which the engine takes for the end, is never drawn."""
     return generator.generate_batch(
         prompt_BxT.astype(str).tolist(),
         max_length=n_tokens,
@@ -89,15 +89,20 @@ def run(config: TrainConfig, corpus: Corpus) -> None:
         prompt_BxT, n = corpus.tokens_T[: B * prompt].reshape(B, prompt), new_tokens(config, prompt)
         return timed(lambda: write_texts(generator, prompt_BxT, n))
 
-    serve({"versions": {"ctranslate2": version}}, lambda count: math.nan, {"generate": write})
+    def train(count: int) -> float:
+        raise UserError("ctranslate2: it only writes texts; leave the peer out")
+
+    serve({"versions": {"ctranslate2": version}}, train, {"generate": write})
 
 
 def main() -> None:
     with one_line_errors():
         config = parse(sys.argv[1:], "jax_model5.bench.ctranslate2_peer")
-        dtype, fix = config.model.dtype, "leave out --dtype, or --peer ctranslate2"
+        dtype, fix = config.model.dtype, "use --dtype float32, or leave out --peer ctranslate2"
         require(dtype == "float32", "model.dtype", dtype, fix)
-        set_up_jax(config)
+        startup.set_up_jax(config)
+        fix = "this peer writes on a CPU; set JAX_PLATFORMS=cpu"
+        require(jax.default_backend() == "cpu", "peer", "ctranslate2", fix)
         run(config, load_corpus(config))
 
 
