@@ -75,11 +75,14 @@ def test_what_a_killed_process_leaves_is_measured_here(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the other process there")
-def test_killed_it_leaves_no_process_behind():
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_or_interrupted_it_leaves_no_process_behind(sent, code):
     process = start(module="parity_tests")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(children.read_text().split()) < 2:  # multiprocessing's own, and the one beside
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # the others hold these pipes until they end
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)  # the others hold these pipes until they end
+    assert process.returncode == code
+    assert sent == signal.SIGKILL or err.count("\n") == 1, err
