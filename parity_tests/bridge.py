@@ -41,7 +41,7 @@ def to_torch(tree: Any, config: ModelConfig) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(array, order="C")) for name, array in named.items()}
 
 
-def from_torch(named: Mapping[str, torch.Tensor | None], config: ModelConfig) -> dict:
+def from_torch(named: Mapping[str, torch.Tensor], config: ModelConfig) -> dict:
     """The inverse of `to_torch`: a nested tree of JAX arrays.
 
     Raises:
@@ -52,10 +52,7 @@ def from_torch(named: Mapping[str, torch.Tensor | None], config: ModelConfig) ->
         raise Mismatch(f"tensors without a counterpart: {sorted(unknown)}")
 
     def read(name: str) -> np.ndarray:
-        tensor = named[name]
-        if tensor is None:
-            raise Mismatch(f"{name} has no value")
-        return tensor.detach().numpy()
+        return named[name].detach().numpy()
 
     try:
         return jax.tree.map(jnp.asarray, from_layout(read, config, "torch_ref"))

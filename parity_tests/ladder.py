@@ -321,7 +321,10 @@ def gradients(config: TrainConfig) -> Comparisons:
     how = {"config": config, "loss": _twice}
     _, ours = _loss_and_gradients(pair.state(), pair.key, pair.windows, **how)
     (2 * _torch_loss(pair)).backward()
-    theirs = {name: tensor.grad for name, tensor in pair.named_parameters().items()}
+    theirs = {  # where none has come it is 0
+        name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        for name, tensor in pair.named_parameters().items()
+    }
     expected = bridge.flat(bridge.from_torch(theirs, config.model))
     for name, leaf in bridge.flat(ours).items():
         yield name, leaf, expected[name]
