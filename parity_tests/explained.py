@@ -72,6 +72,8 @@ EXPLAINED = [
     ("torch_ref/step.py:schedule*", "call left out: min , ", "a run ends at 1"),
     ("*:train_step", "swapped: *frozen*merge(", "parts without a common leaf"),
     ("*:threshold", "call left out: round", "another answer for one word of 2^32"),
+    ("*:Model5.setup", "exchanged: *copy_of_wte", "neither is about the other"),
+    ("*:Model5.setup", "call left out: jnp . copy", "the same numbers, in a buffer of their own"),
     ("*:wte_init", "slice by one:  -> 1", "of two axes"),
     ("*:causal_attention", "comparison:  -> ( = )", "a half without queries adds nothing"),
     ("*:init_state", "constant: 1 -> 2*n_last", "what is drawn does not depend on it"),

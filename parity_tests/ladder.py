@@ -565,6 +565,9 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
     yield "logits stay in float32", logits.dtype == jnp.float32, True
     for dtype in ("float32", "bfloat16"):
         of_dtype = dataclasses.replace(config, model=dataclasses.replace(c, dtype=dtype))
+        leaves = jax.tree.leaves(step.abstract_state(of_dtype))
+        kinds = {str(leaf.dtype) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        yield f"weights and moments under {dtype} are float32", kinds == {"float32"}, True
         with torch_ref.step.autocast(torch.zeros(1), of_dtype):
             casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         is_cast = casts == (True, torch.bfloat16)

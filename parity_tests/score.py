@@ -73,7 +73,12 @@ class Values:
     """`low_precision` and `no_gradient`, which mutants call, and whether they met a tensor."""
 
     def __init__(self) -> None:
-        self.met = False
+        self.called = self.met = False
+
+    @property
+    def are_none(self) -> bool:
+        """What they were handed is no tensor."""
+        return self.called and not self.met
 
     def low_precision(self, value: Any) -> Any:
         import torch
@@ -104,6 +109,7 @@ class Values:
         return self._each(stop, value)
 
     def _each(self, change: Any, value: Any) -> Any:
+        self.called = True
         try:
             return jax.tree.map(change, value)
         except (TypeError, ValueError):  # a dictionary whose keys have no order, and the like
@@ -119,7 +125,7 @@ def judge(mutant: Mutant) -> Verdict | None:
     )
     is_of_a_pass = mutant.file.startswith("jax_model5") and "step.py" not in mutant.file
     with _planted(mutant) as broken:
-        found = broken or _first_difference(mutant, is_of_a_pass)
+        found = broken or _first_difference(mutant, is_of_a_pass, values)
     seconds = round(time.perf_counter() - start, 1)
     if found is None:
         is_nothing = mutant.operator in ("rounded to float32", "gradient stopped")
@@ -159,24 +165,25 @@ def _planted(mutant: Mutant) -> Iterator[tuple[None, str] | None]:
             importlib.reload(sys.modules[other])
 
 
-def _first_difference(mutant: Mutant, is_of_a_pass: bool) -> tuple[Any, str] | None:
+def _first_difference(mutant: Mutant, is_of_a_pass: bool, values: Values) -> tuple[Any, str] | None:
     """The row of the report, and its words.
 
     The first stages (and the one after them) run one operation after the other: most mutants are
     caught there, and nothing that changed is compiled. What survives is compiled, for it often is
-    the clean program.
+    the clean program. A value that is no tensor in the stage that reaches it is none in the others.
     """
     from parity_tests import report
 
     config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope} {mutant.code}"
     first = next((stages for part, stages in _FIRST.items() if re.match(part, place)), ())
     rows = report.rows(config, first)
-    is_compiled = not is_of_a_pass
+    is_compiled, stage = not is_of_a_pass, ""
     while True:
         with jax.disable_jit(not is_compiled):
             row = next(rows, None)
-        if row is None:
+        if row is None or (row.stage != stage and values.are_none):
             return None
+        stage = row.stage
         if not row.passed:
             return row, f"{row.operation}, {row.what}: error {row.error:.1e}; {row.cause}"
         is_compiled |= row.stage not in (*first, "parameters", "operations")
