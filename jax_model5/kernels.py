@@ -4,6 +4,7 @@ Each is equal to its plain form, which its docstring states (tests/test_kernels.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -188,10 +189,10 @@ def causal_attention(
     The first half of the queries never sees the keys after it. `drop` is called once a half.
     """
     N, L = q_BxHxNxK.shape[2], k_BxHxLxK.shape[2]
-    halves = [(0, N // 2), (N // 2, N)] if N > 1 else [(0, 1)]
+    ends = sorted({0, N // 2, N})  # of a single query there is one half
     parts = [
         attend(q_BxHxNxK[:, :, i:j], k_BxHxLxK[:, :, :end], v_BxHxLxK[:, :, :end], drop)
-        for i, j in halves
+        for i, j in itertools.pairwise(ends)
         for end in [L - N + j]
     ]
     return jnp.concatenate(parts, axis=2)

@@ -245,10 +245,17 @@ def _exchanged(node: ast.AST) -> Edits:
 
 
 def _in_order(one: ast.stmt, other: ast.stmt) -> bool:
-    """Two assignments need an order where one sets a name that the other has."""
-    if not isinstance(one, ast.Assign) or not isinstance(other, ast.Assign):
-        return True
-    return bool(_set_by(one) & _names(other) or _set_by(other) & _names(one))
+    """Whether they need one: two assignments, where one sets a name that the other has.
+
+    An assignment without a call and a call, where they have a name in common.
+    """
+    assigned = [each for each in (one, other) if isinstance(each, ast.Assign)]
+    if len(assigned) == 2:
+        return bool(_set_by(one) & _names(other) or _set_by(other) & _names(one))
+    if len(assigned) == 1 and any(isinstance(each, ast.Expr) for each in (one, other)):
+        calls = any(isinstance(node, ast.Call) for node in ast.walk(assigned[0]))
+        return calls or bool(_names(one) & _names(other))
+    return True
 
 
 def _set_by(statement: ast.Assign) -> set[str]:

@@ -35,10 +35,10 @@ def test_what_an_operator_makes(source, operator, made):
 
 
 def test_statements_are_deleted_and_exchanged():
-    source = 'def f():\n    """Prose."""\n    x = 1\n    g()\n'
+    source = 'def f():\n    """Prose."""\n    x = 1\n    g(x)\n'
     found = {m.operator: m for m in mutants.mutants("file", source)}
     assert found["statements exchanged"].source == source.replace(
-        "x = 1\n    g()", "g()\n    x = 1"
+        "x = 1\n    g(x)", "g(x)\n    x = 1"
     )
     assert "pass" in found["statement deleted"].source
     assert found["statement deleted"].scope == "f"
@@ -48,6 +48,14 @@ def test_assignments_that_do_not_need_each_other_are_not_exchanged():
     source = "def f(self):\n    self.a, b = g()\n    self.c = b\n    d = e\n"
     (found,) = (m for m in mutants.mutants("f", source) if m.operator == "statements exchanged")
     assert found.source.splitlines()[1:3] == ["    self.c = b", "    self.a, b = g()"]
+
+
+@pytest.mark.parametrize(
+    ("first", "is_exchanged"), [("a = b", False), ("a = x", True), ("a = b()", True)]
+)
+def test_an_assignment_and_a_call_are_exchanged_where_they_may_meet(first, is_exchanged):
+    found = mutants.mutants("f", f"def f(x, b):\n    {first}\n    x.step()\n")
+    assert any(m.operator == "statements exchanged" for m in found) == is_exchanged
 
 
 def test_equal_arguments_are_not_swapped():

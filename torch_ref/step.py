@@ -41,7 +41,7 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        progress = (step - warmup) / max(steps - warmup, 1)
         if config.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1 - progress if config.schedule == "linear" else 1.0
@@ -69,7 +69,7 @@ def train_step(
         total += mean_nll.item()
     max_norm = config.optimizer.clip_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    learning_rate = float(scheduler.get_last_lr()[0])
+    learning_rate = optimizer.param_groups[0]["lr"]
     optimizer.step()
     scheduler.step()
     return {"loss": total, "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
