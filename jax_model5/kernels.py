@@ -145,7 +145,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def threshold(rate: float) -> jax.Array:
     """The least 32 bits that keep an element."""
-    return jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return jnp.uint32(int(rate * 2**32))
 
 
 @functools.partial(jax.jit, static_argnums=2)  # traced and lowered once for all of its uses
@@ -174,7 +174,7 @@ def threefry_first_word(key: tuple[jax.Array, jax.Array], x: jax.Array, y: jax.A
             x = x + y
             y = x ^ (y << rotation | y >> (32 - rotation))
         x = x + keys[(i + 1) % 3]
-        y = y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+        y = y + keys[(i + 2) % 3] + (i + 1)
     return x
 
 

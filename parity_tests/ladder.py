@@ -243,6 +243,9 @@ def logits(config: TrainConfig) -> Comparisons:
     for name, n in (("logits, all positions", config.model.seq_len), ("logits, last position", 1)):
         ours = _logits(pair.params, tokens, config=config, n_last=n)
         yield name, ours, expected[:, -n:]
+    n = config.model.seq_len - 2
+    short = _logits(pair.params, tokens[:, :n], config=config, n_last=n)
+    yield "logits, of fewer tokens", short, expected[:, :n]
     pad_B = np.arange(len(tokens)) % 2  # prompts of two lengths
     padded = np.array([np.roll(row, pad) for row, pad in zip(tokens, pad_B, strict=True)])
     ours = _cached_logits(pair.params, padded, pad_B, config=config)
@@ -568,6 +571,10 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         leaves = jax.tree.leaves(step.abstract_state(of_dtype))
         kinds = {str(leaf.dtype) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)}
         yield f"weights and moments under {dtype} are float32", kinds == {"float32"}, True
+        bound = model.Model5(of_dtype.model).bind({"params": pair.params})
+        tables = bound.wte_VxD, bound.wpe_LxD, bound.head_VxD
+        is_wide = {str(table.dtype) for table in tables} == {"float32"}
+        yield f"both tables under {dtype} are float32", is_wide, True
         with torch_ref.step.autocast(torch.zeros(1), of_dtype):
             casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         is_cast = casts == (True, torch.bfloat16)
@@ -787,7 +794,9 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
         ADAMW, name="adam", schedule="linear", warmup_steps=1, weight_decay=0.1
     ),
     "adamw, other moments": dataclasses.replace(ADAMW, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1),
-    "sgd, momentum": OptimizerConfig(name="sgd", learning_rate=0.1, weight_decay=0.1),
+    "sgd, momentum, a limit above": OptimizerConfig(
+        name="sgd", learning_rate=0.1, weight_decay=0.1, clip_norm=100.0
+    ),
     "sgd": OptimizerConfig(name="sgd", learning_rate=0.1, b1=0.0),
 }
 

@@ -39,7 +39,9 @@ def _of_blocks() -> Iterator[Figure]:
         (4, "full", 1, block),
     ):
         config = _config(depth + 1, remat=remat, dtype="bfloat16")
-        forward, _ = _traced(step.loss_and_gradients, config)["scan"]
+        loops = _traced(step.loss_and_gradients, config)["scan"]
+        none = {"unroll": None, "kept": [], "dtypes": set()}
+        forward = next((loop for loop in loops if loop["length"] == depth), none)
         of = f"of {depth} blocks, remat {remat}"
         yield "MLP residual", f"unrolled {of}", forward["unroll"], unroll
         found = collections.Counter(forward["kept"])
@@ -136,7 +138,8 @@ def _facts(equation: Any) -> dict[str, Any]:
             shapes = [var.aval.shape for var in equation.outvars]
             stacked = [shape for shape in shapes if shape[:1] == (params["length"],)]
             dtypes = {str(var.aval.dtype) for var in equation.outvars}
-            return {"unroll": params["unroll"], "kept": stacked, "dtypes": dtypes}
+            how = {name: params[name] for name in ("length", "unroll")}
+            return how | {"kept": stacked, "dtypes": dtypes}
         case "remat2":
             barred = params["prevent_cse"]
             barred = barred if isinstance(barred, tuple) else [barred] * len(equation.invars)
