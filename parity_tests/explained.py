@@ -101,4 +101,6 @@ EXPLAINED = [
     ("jax_model5/model.py:", "swapped: *save_only_these_names", "names have no order"),
     ("jax_model5/losses.py:_nll_forward", "swapped: , axis = - 1*take_along", "JAX's own default"),
     ("jax_model5/step.py:abstract_state*", "low_precision", "shapes only"),
+    ("jax_model5/step.py:abstract_state*", "swapped: , impl = ", "shapes only"),
+    ("*layer_norm.py:_backward", "call left out: tuple ", "JAX takes a range, too"),
 ]
