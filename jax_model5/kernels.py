@@ -127,7 +127,7 @@ def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """`random_bits >= rate * 2**32`: True with probability 1 - rate, to 2**-32."""
+    """`random_bits >= int(rate * 2**32)`: True with probability 1 - rate, to 2**-32."""
     return random_bits(key, shape) >= threshold(rate)
 
 

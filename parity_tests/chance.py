@@ -120,7 +120,9 @@ def _has_bits(key: jax.Array, bits_BxMxN: np.ndarray, rate: float) -> bool:
         with row, mock.patch.object(sharding, "n_devices", return_value=2):
             for r in (rate, 1 - rate):
                 bits = bits_BxMxN[first : first + half]
-                if not np.array_equal(bits >= r * 2**32, kernels.keep_mask(key, r, bits.shape)):
+                if not np.array_equal(
+                    bits >= int(r * 2**32), kernels.keep_mask(key, r, bits.shape)
+                ):
                     return False
     return True
 

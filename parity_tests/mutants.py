@@ -247,14 +247,15 @@ def _exchanged(node: ast.AST) -> Edits:
 def _in_order(one: ast.stmt, other: ast.stmt) -> bool:
     """Whether they need one: two assignments, where one sets a name that the other has.
 
-    An assignment without a call and a call, where they have a name in common.
+    An assignment of a plain value and a call, where they have a name in common.
     """
     assigned = [each for each in (one, other) if isinstance(each, ast.Assign)]
     if len(assigned) == 2:
         return bool(_set_by(one) & _names(other) or _set_by(other) & _names(one))
     if len(assigned) == 1 and any(isinstance(each, ast.Expr) for each in (one, other)):
-        calls = any(isinstance(node, ast.Call) for node in ast.walk(assigned[0]))
-        return calls or bool(_names(one) & _names(other))
+        kinds = ast.Call | ast.Subscript  # what a call elsewhere may change
+        is_plain = not any(isinstance(node, kinds) for node in ast.walk(assigned[0].value))
+        return not is_plain or bool(_names(one) & _names(other))
     return True
 
 

@@ -177,18 +177,19 @@ def _first_difference(mutant: Mutant, is_of_a_pass: bool, values: Values) -> tup
     config, place = report.default_config("float64"), f"{mutant.file}:{mutant.scope} {mutant.code}"
     first = next((stages for part, stages in _FIRST.items() if re.match(part, place)), ())
     rows = report.rows(config, first)
-    is_compiled, stage = not is_of_a_pass, ""
+    is_compiled, stage, were_none = not is_of_a_pass, "", False
     while True:
         with jax.disable_jit(not is_compiled):
             row = next(rows, None)
-        if row is None or (row.stage != stage and values.are_none):
-            return None
-        stage = row.stage
-        if not row.passed:
+        if row and not row.passed:
             return row, f"{row.operation}, {row.what}: error {row.error:.1e}; {row.cause}"
+        if row is None or (row.stage != stage and were_none):
+            return None
+        stage, were_none = row.stage, values.are_none and row.stage not in _NOT_FLOAT64
         is_compiled |= row.stage not in (*first, "parameters", "operations")
 
 
+_NOT_FLOAT64 = ("memory", "bfloat16")  # `low_precision` knows no tensor there
 # Stages that see a place's faults soonest (file:scope, a blank, the line); the others come after.
 _FIRST = {
     r"\S*:(init_(?!state)|\w+_init |Model5\._init)": ("initial weights",),
@@ -201,7 +202,7 @@ _FIRST = {
         "operations, dropout on",
         "dropout by chance",
     ),
-    r"\S*model\.py:\S*(_cached| .*(cache|slots))": ("suffix path and KV cache",),
+    r"\S*model\.py:(\S*_cached|Attention\S* .*(cache|slots))": ("suffix path and KV cache",),
     r"\S*kernels\.py:(at_least|\w*matmul|\w*product)": ("parameters", "operations", "bfloat16"),
 }
 

@@ -197,5 +197,5 @@ def test_threefry_is_jax_s_own():
 def test_the_mask_of_another_prng_is_its_bits(prng):
     key, shape = jax.random.key(0, impl=prng), (300, 400)
     keep = kernels.keep_mask(key, 0.1, shape)
-    assert np.array_equal(keep, jax.random.bits(key, shape) >= round(0.1 * 2**32))
+    assert np.array_equal(keep, jax.random.bits(key, shape) >= int(0.1 * 2**32))
     assert keep.mean() == pytest.approx(0.9, abs=5e-3)

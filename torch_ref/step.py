@@ -41,7 +41,7 @@ def schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        progress = (step - warmup) / max(steps - warmup, 1)
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
         if config.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1 - progress if config.schedule == "linear" else 1.0
