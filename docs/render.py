@@ -366,7 +366,7 @@ def survivors() -> str:
             for sign in "-+"
         )
         change = f"`{_short(old)}` → `{_short(new)}`".replace("|", "\\|")
-        rows.append([m["place"], m["operator"], change, m["why"] or "**open**"])
+        rows.append([m["place"], m["operator"], change, m["why"] or "open in that run"])
     return markdown(["place", "operator", "the line, and what became of it", "why"], rows)
 
 

@@ -107,5 +107,7 @@ EXPLAINED = [
     ("jax_model5/losses.py:_nll_forward", "swapped: , axis = - 1*take_along", "JAX's own default"),
     ("jax_model5/step.py:abstract_state*", "low_precision", "shapes only"),
     ("jax_model5/step.py:abstract_state*", "swapped: , impl = ", "shapes only"),
+    ("*:threshold", "call left out: jnp . uint32", "beside 32 bits an integer becomes them"),
+    ("*layer_norm.py:_backward", "exchanged: *  normal, g = ", "scale_D widens g, cast or not"),
     ("*layer_norm.py:_backward", "call left out: tuple ", "JAX takes a range, too"),
 ]
