@@ -71,12 +71,6 @@ EXPLAINED = [
         "swapped: torch . bfloat16 , -> ( )",
         "PyTorch's own default on a CPU, where the report runs",
     ),
-    ("torch_ref/step.py:schedule*", "call left out: min , ", "the report's runs end at 1"),
-    (
-        "torch_ref/step.py:schedule*",
-        "constant: 1.0 -> *progress = min(",
-        "the report's runs end at 1",
-    ),
     ("*:train_step", "swapped: *frozen*merge(", "parts without a common leaf"),
     ("*:Dropout.__call__", "constant: 0 -> 1*self.rate == 0", "a rate of 0 keeps all"),
     ("*:train_step", "call left out: jnp . asarray", "jit makes an array of it"),

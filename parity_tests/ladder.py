@@ -366,6 +366,10 @@ def updates(config: TrainConfig) -> Comparisons:
         scheduler.step()
         params, state = update(grads, state, params, config=config)
     yield from _moved(pair, params)
+    rate, later = config.optimizer.learning_rate, config.steps + 2  # the benchmark goes on
+    expected = rate * torch_ref.step.schedule(config.optimizer, config.steps)(later)
+    found = optimizer.schedule(config.optimizer, config.steps)(later)
+    yield "learning rate after the end", found / rate, expected / rate
 
 
 @functools.partial(jax.jit, static_argnames="config")
