@@ -107,10 +107,10 @@ def ratio_of(name: str, ours: str, theirs: str) -> Any:
 
 
 def ratio_cell(ratio: Any, least: float = 1.0) -> str:
-    """Median and range; bold from `least` on."""
+    """Median and range; bold where all of it is at least this."""
     if ratio is None:
         return "–"
-    shown = f"**{ratio['median']:.2f}**" if ratio["median"] >= least else f"{ratio['median']:.2f}"
+    shown = f"**{ratio['median']:.2f}**" if ratio["min"] >= least else f"{ratio['median']:.2f}"
     return f"{shown} ({ratio['min']:.2f}–{ratio['max']:.2f})"
 
 

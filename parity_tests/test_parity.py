@@ -49,7 +49,7 @@ def planted():
 
 @pytest.mark.parametrize("fault", list(planted()))
 def test_fault_is_caught(fault, caught):
-    """Rung 9: each fault fails the rung that should catch it, and the report names its place."""
+    """Each fault fails the rung that should catch it, and the report names its place."""
     config = fault.marked(report.default_config("float64"))
     smallest = fault.marked(ladder.smallest(fault.rung))
     with fault.plant():
