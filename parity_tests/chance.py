@@ -7,7 +7,7 @@ tree's 550 one in a million runs. What they tell in 999 of 1,000 is said beside 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ import torch
 import torch_ref.model
 from jax_model5 import kernels, sharding, step
 from jax_model5.config import ModelConfig, TrainConfig
+from jax_model5.trees import leaves_of
 from parity_tests import bridge
 
 LIMIT = 6.0
@@ -42,6 +43,8 @@ def _exact(what: str, holds: Any) -> Figure:
 
 
 def _share(what: str, is_dropped: np.ndarray, rate: float) -> Figure:
+    if rate == 0:
+        return _exact(f"{what}: nothing is dropped", not is_dropped.any())
     deviation = math.sqrt(rate * (1 - rate) / is_dropped.size)
     return Figure(f"{what}: share that is dropped", (is_dropped.mean() - rate) / deviation)
 
@@ -79,25 +82,71 @@ def _site(name: str) -> str:
     return sites.get(name.rpartition(".")[2], "mlp")
 
 
+def own_masks_of_torch(model: torch.nn.Module, train: Callable[[], None]) -> Iterator[Figure]:
+    """Each pass of each `nn.Dropout` while `train` runs drops other units."""
+    drawn: list[tuple[str, np.ndarray]] = []
+
+    def hook(name: str, module: Any, args: tuple, y: torch.Tensor) -> None:
+        drawn.append((f"{name}, pass {len(drawn)}", (y != 0).numpy()))
+
+    hooks = [
+        site.register_forward_hook(functools.partial(hook, name))
+        for name, site in model.named_modules()
+        if isinstance(site, torch.nn.Dropout)
+    ]
+    train()
+    for one in hooks:
+        one.remove()
+    yield from _each_its_own("PyTorch", drawn)
+
+
+def only_site_of_jax(masks: Any, site: str) -> Iterator[Figure]:
+    """Of a single block whose other sites are off."""
+    paths = [path.removeprefix("last_block/").removesuffix("/keep") for path in leaves_of(masks)]
+    found = [_site(path.replace("attn/drop", "attend")) for path in paths]
+    yield _exact(f"JAX, dropout of {site} alone: {found} drop", found == [site])
+
+
 def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
     """The masks of a large batch: how many they drop; no two of them are the same."""
-    for prng, is_right in _generators(config.dropout):
-        yield _exact(f"JAX, keep_mask: the bits of JAX's own {prng}", is_right)
-    seen = []
+    draws = []
     for layer in range(config.n_layers):
         for site, mask in bridge.masks_of_block(masks, layer, config.n_layers).items():
             if layer and site == "drop":
                 continue
+            name = f"block {layer}, {site}"
             N, L = mask.shape[-2:]
-            is_past = np.tri(N, L, L - N) > 0
-            keep = mask[..., is_past] if site == "attn/drop" else mask
+            is_attention = site == "attn/drop"
+            keep = mask[..., np.tri(N, L, L - N) > 0] if is_attention else mask
             rate = config.dropout_at(_site(site.replace("attn/drop", "attend")))
-            yield _share(f"JAX, block {layer}, {site}", ~keep, rate)
-            seen.append((f"block {layer}, {site}", keep))
-            yield _exact(f"JAX, block {layer}, {site}: rows differ", (keep[0] != keep[1]).any())
-    for i, (name, keep) in enumerate(seen):
-        twins = [other for other, mask in seen[:i] if _begin_alike(mask, keep)]
-        yield _exact(f"JAX, {name}: a mask of its own, not that of {twins}", not twins)
+            yield _share(f"JAX, {name}", ~keep, rate)
+            seen = mask[..., -2:, : L - 1]  # by both of the last queries
+            for axis in range(mask.ndim):
+                first, second = (seen.take(i, axis) for i in range(2))
+                yield _exact(f"JAX, {name}: axis {axis} varies", (first != second).any())
+            half, end = N // 2 * is_attention, L - N + N // 2  # attention draws twice
+            draws += [(f"{name}, first half", mask[:, :, :half, :end])] if half else []
+            draws += [(name, mask[:, :, half:] if half else mask)]
+    yield from _each_its_own("JAX", draws)
+
+
+def _each_its_own(side: str, masks: Sequence[tuple[str, np.ndarray]]) -> Iterator[Figure]:
+    """No mask's rows begin as those of one before it do."""
+    for i, (name, mask) in enumerate(masks):
+        twins = [other for other, before in masks[:i] if _begin_alike(before, mask)]
+        yield _exact(f"{side}, {name}: a mask of its own, not that of {twins}", not twins)
+
+
+def generators_of_jax(rate: float) -> Iterator[Figure]:
+    """The bits behind its masks are JAX's own."""
+    for prng, is_right in _generators(rate):
+        yield _exact(f"JAX, keep_mask: the bits of JAX's own {prng}", is_right)
+    least = jnp.uint32(int(rate * 2**32)) - jnp.arange(2, dtype=jnp.uint32)
+    with mock.patch.object(kernels, "random_bits", return_value=least):
+        keep = kernels.keep_mask(jax.random.key(0), rate, least.shape)
+    yield _exact(
+        "JAX, keep_mask: rate * 2**32 is kept, and one less is not", keep.tolist() == [1, 0]
+    )
 
 
 def _generators(rate: float) -> Iterator[tuple[str, bool]]:
@@ -128,21 +177,22 @@ def _has_bits(key: jax.Array, bits_BxMxN: np.ndarray, rate: float) -> bool:
 
 
 def _begin_alike(a: np.ndarray, b: np.ndarray) -> bool:
-    n = min(a.size, b.size)
-    return np.array_equal(a.ravel()[:n], b.ravel()[:n])
+    a_BxM, b_BxM = (mask.reshape(len(mask), -1) for mask in (a, b))
+    n = min(a_BxM.shape[1], b_BxM.shape[1])
+    return np.array_equal(a_BxM[:, :n], b_BxM[:, :n])
 
 
 # ---- initial weights ----------------------------------------------------------------------------
 
 INITS = ("course", "xavier", "kaiming", "torch", "normal:0.05")
 _NORMAL, _UNIFORM = 3.0, 1.8  # kurtosis; that of a truncated normal is 2.4 or so
-_SIZES = {"vocab_size": 211, "seq_len": 40, "d_model": 48, "n_heads": 3, "n_layers": 3}
+_SIZES = {"vocab_size": 211, "seq_len": 40, "d_model": 48, "n_heads": 3}
 
 
 def inits(config: TrainConfig) -> Iterator[Figure]:
     """Every leaf of both sides, by init: mean, deviation, and the shape of its distribution."""
-    for init in INITS:
-        fields = {**_SIZES, "init": init, "tied_head": False}
+    for i, init in enumerate(INITS):  # tied and scanned, untied and unrolled in turn
+        fields = {**_SIZES, "init": init, "tied_head": i % 2 == 1, "n_layers": 7 if i % 2 else 3}
         c = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
         theirs = dict(torch_ref.model.Model5(c.model).double().named_parameters())
         yield from _of_jax(c)
@@ -154,8 +204,10 @@ _init = jax.jit(step.init_state, static_argnames="config")
 
 @functools.cache  # PyTorch's faults leave it as it is
 def _of_jax(config: TrainConfig) -> list[Figure]:
-    params = _init(jax.random.key(0), config=config).params
-    return list(_leaves(f"JAX, init {config.model.init}", params, config.model))
+    params, others = (_init(jax.random.key(seed), config=config).params for seed in range(2))
+    what = f"JAX, init {config.model.init}"
+    differ = (params["wte"] != others["wte"]).any()
+    return [*_leaves(what, params, config.model), _exact(f"{what}: keys differ", differ)]
 
 
 def _leaves(what: str, params: Any, config: ModelConfig) -> Iterator[Figure]:
@@ -170,8 +222,9 @@ def _leaves(what: str, params: Any, config: ModelConfig) -> Iterator[Figure]:
             yield _exact(f"{what}: {path} is 0", (leaf == 0).all())
         else:
             yield from _distribution(f"{what}: {path}", leaf, *_law(path, leaves, config))
-    blocks = leaves["trunk/fc/kernel"]
-    yield _exact(f"{what}: layers differ", (blocks[0] != blocks[1]).all())
+    for path in (path for path in leaves if path.startswith("trunk") and "kernel" in path):
+        layers = leaves[path]
+        yield _exact(f"{what}: {path}: layers differ", (layers[0] != layers[1]).all())
 
 
 def _law(path: str, leaves: dict[str, np.ndarray], config: ModelConfig) -> tuple[float, float]:

@@ -176,7 +176,7 @@ def _float32_attention(q, k, v, **rest):
 
 
 def _bfloat16_logits(self, x):
-    return (x.bfloat16() @ self.wte.weight.bfloat16().T).to(x.dtype) / x.shape[-1] ** 0.5
+    return (x.bfloat16() @ self.wte.weight.bfloat16().T / x.shape[-1] ** 0.5).to(x.dtype)
 
 
 def _smoothed(logits, targets, n):

@@ -20,6 +20,7 @@ import torch_ref.model
 import torch_ref.step
 from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, programs, step
 from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jax_model5.trees import table
 from parity_tests import bridge, chance, memory
 from portproof.port import BadInput
 from portproof.report import FLOAT64_TOLERANCE, relative
@@ -32,6 +33,7 @@ DTYPES = ("float64", "float32")
 FLOAT32_TOLERANCES: dict[str, float] = {
     "2 operations": 6e-7,  # 2.1e-7
     "2 layer norm, mean 300": 6e-5,  # 2.2e-5
+    "2 large scores": 3e-6,  # 8.6e-7
     "3 logits": 3e-6,  # 1.0e-6
     "4 loss": 4e-7,  # 2.3e-7
     "4 losses by position": 4e-7,  # 1.0e-7
@@ -39,7 +41,7 @@ FLOAT32_TOLERANCES: dict[str, float] = {
     "6 updates": 9e-5,  # 2.4e-5
     "7 trajectory": 4e-4,  # 2.7e-4
     "7 trajectory, dropout": 8e-5,  # 3.8e-5
-    "8 train/eval": 4e-7,  # 1.2e-7
+    "8 train/eval": 4e-7,  # 3.0e-7
     "8 four devices": 4e-4,
 }
 
@@ -161,6 +163,13 @@ _QKV_BIAS = "attn/qkv/bias"
 def weights(config: TrainConfig) -> Comparisons:
     """JAX -> PyTorch -> JAX returns every leaf, bit for bit, and nothing else."""
     pair = Pair(config)
+    for place in table(config.model, "torch_ref"):  # the table takes one for another both ways
+        stack, _, path = place.path.partition("/")
+        root = f"blocks.{place.layer if stack == 'trunk' else pair.n_layers - 1}."
+        parts = f"{root}{path}" if stack in ("trunk", "last_block") else place.path
+        name = parts.replace("/", ".").replace("kernel", "weight").replace("scale", "weight")
+        expected = name if "." in name else f"{name}.weight"
+        yield f"{place.name}, of {place.path}", place.name == expected, True
     extra = dict(pair.torch_model.named_parameters()).keys() ^ pair.named_parameters().keys()
     yield f"parameters {sorted(extra)}" if extra else "parameters", len(extra), 0
     back = bridge.flat(pair.torch_params())
@@ -235,6 +244,25 @@ def large_mean(config: TrainConfig) -> Comparisons:
     yield "ln_f", ours, pair.torch_model.ln_f(torch_x).detach()
 
 
+def large_scores(config: TrainConfig) -> Comparisons:
+    """Scores and logits whose exponential is no float32: their largest is to be taken off first.
+
+    The logits are those of GPT-2's whole vocabulary, its last token among the targets.
+    """
+    pair, c = Pair(config), config.model
+    (q, torch_q), (k, torch_k), (v, torch_v) = (
+        pair.normal(1, c.n_heads, c.seq_len, c.d_model // c.n_heads) for _ in range(3)
+    )
+    expected = pair.torch_model.blocks[0].attn.attend(100 * torch_q, torch_k, torch_v)
+    yield "attention", kernels.attend(100 * q, k, v, lambda weights: weights), expected
+    z, torch_z = pair.normal(1, 3, 50_257, mean=300.0)
+    targets = np.array([[0, 50_256, 7]])
+    of_each = [
+        torch_ref.loss.loss(torch_z[:, :n], torch.from_numpy(targets[:, :n]), 1) for n in (1, 2, 3)
+    ]
+    yield "losses", losses.nll(z, jnp.asarray(targets)), np.array([of_each])
+
+
 def logits(config: TrainConfig) -> Comparisons:
     """The logits of all positions, and of the last one on the suffix path."""
     pair = Pair(config)
@@ -248,6 +276,10 @@ def logits(config: TrainConfig) -> Comparisons:
     yield "logits, of fewer tokens", short, expected[:, :n]
     pad_B = np.arange(len(tokens)) % 2  # prompts of two lengths
     padded = np.array([np.roll(row, pad) for row, pad in zip(tokens, pad_B, strict=True)])
+    for name in ("wte", "head"):
+        of = Pair(_with_model(config, tied_head=name == "wte"))
+        head = generate.unstack(of.params, of.config.model)["head"]
+        yield f"the head of a text is {name}", head, of.params[name]
     ours = _cached_logits(pair.params, padded, pad_B, config=config)
     first_Bx1 = (config.model.seq_len // 2 - 1 - pad_B)[:, None]
     rows_Bx1, position_BxP = np.indices(first_Bx1.shape)[0], first_Bx1 + np.arange(ours.shape[1])
@@ -509,9 +541,9 @@ def modes(config: TrainConfig) -> Comparisons:
     ]
     yield "deterministic=False: JAX drops", jnp.array_equal(*ours_BxN), False
     expected_key = pair.key
-    for part in (step.DROPOUT, 3, 2):  # what it is for, the step, the micro-batch
+    for part in (step.DROPOUT, 70_000, 2):  # what it is for, the step, the micro-batch
         expected_key = jax.random.fold_in(expected_key, part)
-    found = step.dropout_key(pair.key, 3, 2)
+    found = step.dropout_key(pair.key, 70_000, 2)
     yield "the dropout key", *map(jax.random.key_data, (found, expected_key))
 
 
@@ -536,7 +568,8 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
     q, k, v = (
         pair.normal(B, c.n_heads, L, D // c.n_heads)[0].astype(jnp.bfloat16) for _ in range(3)
     )
-    norm = pair.params["ln_f"]["scale"], pair.params["ln_f"]["bias"], model.LAYER_NORM_EPSILON
+    leaves = (pair.params["ln_f"][name].astype(jnp.float32) for name in ("scale", "bias"))
+    norm = *leaves, model.LAYER_NORM_EPSILON
     targets = jnp.zeros((B, L), jnp.int32)
 
     def normal(x: jax.Array) -> jax.Array:
@@ -563,13 +596,18 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         wide_or_not = "float32" if is_cpu and is_wide else "bfloat16"
         what = f"sums of a product in {wide_or_not} (CPU {is_cpu}, float32 fast {is_wide})"
         yield what, _sums_in(is_cpu, is_wide) == wide_or_not, True
-    scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[-1])
-    exact = jax.nn.softmax(jnp.where(jnp.tri(L) > 0, scores.astype(float), -jnp.inf))
-    found: list[jax.Array] = []
-    kernels.attend(q, k, v, lambda weights: found.append(weights) or weights)
-    yield "softmax in bfloat16", _is_rounded_once(found[0], exact), True
-    logits = kernels.matmul_transposed(x.astype(jnp.bfloat16), pair.params["wte"].astype("float32"))
-    yield "logits stay in float32", logits.dtype == jnp.float32, True
+    low, g = x.astype(jnp.bfloat16), q.reshape(x.shape)
+    of_norm = jax.vjp(lambda *s: layer_norm.layer_norm(low, *s, norm[2]), *norm[:2])[1](g)
+    exact_of = jax.vjp(lambda *s: layer_norm.layer_norm(low.astype(float), *s, norm[2]), *norm[:2])
+    for name, ours, exact in zip(
+        ("scale", "bias"), of_norm, exact_of[1](g.astype(float)), strict=True
+    ):
+        yield f"gradient of layer norm's {name} in float32", relative(ours, exact) < 1e-5, True
+    yield "softmax in bfloat16", _is_softmax_rounded_once(pair), True
+    for what, is_right in _logits_in_bfloat16(x, pair.params["wte"]):
+        yield what, is_right, True
+    yield "gradients of micro-batches add up in float32", *_accumulated(config)
+    yield "gradients reach the optimizer in float32", *_first_moment(config)
     for dtype in ("float32", "bfloat16"):
         of_dtype = dataclasses.replace(config, model=dataclasses.replace(c, dtype=dtype))
         leaves = jax.tree.leaves(step.abstract_state(of_dtype))
@@ -591,6 +629,57 @@ def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
     last_place = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(size, 1e-30))) - 7)
     allowed = 0.5 * last_place + 2.0**-20 * size.max()
     return (jnp.abs(found.astype(exact.dtype) - exact) <= allowed).all()
+
+
+def _is_softmax_rounded_once(pair: Pair) -> jax.Array:
+    """Of 300 positions: beyond 256 bfloat16 takes one for the next."""
+    q, k, v = (pair.normal(1, 1, 300, 4)[0].astype(jnp.bfloat16) for _ in range(3))
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(4)
+    exact = jax.nn.softmax(jnp.where(jnp.tri(300) > 0, scores.astype(float), -jnp.inf))
+    found: list[jax.Array] = []
+    kernels.attend(q, k, v, lambda weights: found.append(weights) or weights)
+    return _is_rounded_once(found[0], exact)
+
+
+def _logits_in_bfloat16(x_BxLxD: jax.Array, table_VxD: jax.Array) -> Iterator[tuple[str, bool]]:
+    """Of rounded factors, summed in float32, as is the table's gradient; that of x is rounded."""
+    x, table = x_BxLxD.astype(jnp.bfloat16), table_VxD.astype(jnp.float32)
+    found, found_of = jax.vjp(kernels.matmul_transposed, x, table)
+    wide = x.astype(float), table.astype(jnp.bfloat16).astype(float)
+    exact, exact_of = jax.vjp(lambda x, table: x @ table.T, *wide)
+    g = jnp.cos(jnp.arange(found.size)).reshape(found.shape).astype(found.dtype)
+    (of_x, of_table), exacts = found_of(g), exact_of(g.astype(jnp.bfloat16).astype(float))
+    for what, ours, right in (("logits", found, exact), ("gradient of wte", of_table, exacts[1])):
+        is_float32 = ours.dtype == jnp.float32 and relative(ours, right) < 1e-6
+        yield f"{what} in float32", is_float32
+    is_low = of_x.dtype == jnp.bfloat16
+    yield "gradient of logits in bfloat16", is_low and bool(_is_rounded_once(of_x, exacts[0]))
+
+
+def _accumulated(config: TrainConfig) -> tuple[bool, bool]:
+    """Three gradients that no bfloat16 holds, each of a micro-batch."""
+    low = dataclasses.replace(_with_model(config, dtype="bfloat16"), batch_size=3, accumulate=3)
+    g_3x5 = jnp.sqrt(jnp.arange(1, 16, dtype=jnp.float32)).reshape(3, 5)
+
+    def mean_loss(moving: dict, _: jax.Array, micro_batch: jax.Array) -> jax.Array:
+        return (moving["w"] * g_3x5[micro_batch]).sum()
+
+    moving = {"w": jnp.zeros(5, jnp.float32)}
+    _, found = step._over_micro_batches(mean_loss, moving, jnp.zeros((3, 2), jnp.int32), low)
+    return bool(relative(found["w"], g_3x5.mean(0)) < 1e-6), True
+
+
+def _first_moment(config: TrainConfig) -> tuple[bool, bool]:
+    """Of AdamW's after one step: a tenth of gradients that no bfloat16 holds."""
+    low = dataclasses.replace(_with_model(config, dtype="bfloat16", n_layers=1), optimizer=ADAMW)
+    pair = Pair(_with_model(low, dtype="float32"))
+    gradients = pair.random_tree(mean=0.0, std=0.1)
+    given = mock.patch.object(step, "loss_and_gradients", return_value=(0.0, gradients))
+    with given:
+        after, _ = step.train_step(pair.state(), pair.key, jnp.asarray(pair.windows), config=low)
+    found = bridge.flat(optax.tree.get(after.opt_state, "mu"))
+    errors = [relative(10 * found[path], g) for path, g in bridge.flat(gradients).items()]
+    return max(errors) < 1e-6, True
 
 
 def _is_product_rounded_once(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -628,7 +717,7 @@ def on_devices(config: TrainConfig) -> Comparisons:
         return
     two_layers = dataclasses.replace(config.model, n_layers=2, remat="none")
     frozen = dataclasses.replace(config.optimizer, freeze=("wpe",))
-    mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 8}
+    mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 8, "accumulate": 2}
     config = dataclasses.replace(config, model=two_layers, steps=2, optimizer=frozen, **mesh)
     pair, four = Pair(config), programs.Programs(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, four.abstract_state)
@@ -646,19 +735,47 @@ def on_devices(config: TrainConfig) -> Comparisons:
     start, ours, theirs = map(without_keys_bias, (pair.params, split.params, alone.params))
     for name in start:
         yield name, ours[name] - start[name], theirs[name] - start[name]
+    of_seed = programs.Programs(dataclasses.replace(config, seed=7, prng="rbg")).key
+    expected = jax.random.key(7, impl="rbg")
+    yield "the run's key", *map(jax.random.key_data, (of_seed, expected))
 
 
 def dropout_by_chance(config: TrainConfig) -> Comparisons:
     """What either side drops on its own, by statistics."""
     pair = Pair(config)
-    windows = np.resize(pair.windows, (64, config.model.seq_len + 1))
-    key = step.dropout_key(pair.key, 0, 0)
-    masks = masks_of(pair.params, key, windows, config=dataclasses.replace(config, batch_size=64))
-    for figure in (
-        *chance.dropout_of_torch(pair.torch_model, config.model),
-        *chance.dropout_of_jax(masks, config.model),
-    ):
+    figures = [*chance.dropout_of_torch(pair.torch_model, config.model)]
+    figures += chance.generators_of_jax(config.model.dropout)
+    for n_layers in (4, 6):  # a trunk that is unrolled, and one that is scanned
+        of = _with_model(config, n_layers=n_layers)
+        figures += chance.dropout_of_jax(masks_of(*_many(of), config=of), of.model)
+    for site in config.model.dropout_sites:
+        of = _with_model(config, n_layers=1, dropout_sites=(site,))
+        figures += chance.dropout_of_torch(torch_ref.model.Model5(of.model), of.model)
+        masks = jax.eval_shape(functools.partial(masks_of, config=of), *_many(of))
+        figures += chance.only_site_of_jax(masks, site)
+    figures += chance.own_masks_of_torch(pair.torch_model, lambda: _train_torch(pair))
+    for figure in figures:
         yield figure.what, figure.deviates, False
+
+
+def _many(config: TrainConfig) -> tuple[Any, jax.Array, np.ndarray]:
+    """Parameters, a key, and 64 windows."""
+    pair = Pair(config)
+    windows = np.resize(pair.windows, (64, config.model.seq_len + 1))
+    return pair.params, step.dropout_key(pair.key, 0, 0), windows
+
+
+def _train_torch(pair: Pair) -> None:
+    """Two steps of PyTorch's own."""
+    theirs = torch_ref.step.make_optimizer(pair.torch_model, pair.config.optimizer)
+    scheduler = torch_ref.step.make_scheduler(theirs, pair.config.optimizer, pair.config.steps)
+    for _ in range(2):
+        windows = torch.from_numpy(pair.windows)
+        torch_ref.step.train_step(pair.torch_model, theirs, scheduler, windows, pair.config)
+
+
+def _with_model(config: TrainConfig, **fields: Any) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 
 def inits_by_chance(config: TrainConfig) -> Comparisons:
@@ -671,6 +788,7 @@ RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
     "1 weights": weights,
     "2 operations": operations,
     "2 layer norm, mean 300": large_mean,
+    "2 large scores": large_scores,
     "3 logits": logits,
     "4 loss": loss,
     "4 losses by position": position_losses,
@@ -735,8 +853,9 @@ def case(
     optimizer: OptimizerConfig | None = None,
     **model_fields: Any,
 ) -> TrainConfig:
-    # No two sizes that a mistake could take for each other are equal: H, K, L; D, K²; B, N.
-    fields = {"vocab_size": 61, "seq_len": 9, "d_model": 16, "n_heads": 2, "n_layers": 3}
+    # No two sizes that a mistake could take for each other are equal: H, K, L; D, K²; B, N; and
+    # sqrt(D) is not D / 4, log2(D), H² or 2H, as that of 16 is.
+    fields = {"vocab_size": 61, "seq_len": 9, "d_model": 22, "n_heads": 2, "n_layers": 3}
     fields |= {"dropout": 0.0, "dtype": dtype} | model_fields
     return TrainConfig(
         objective=objective,
@@ -794,21 +913,41 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
     "adamw, cosine, warm-up, clipped": dataclasses.replace(
         ADAMW, schedule="cosine", warmup_steps=2, clip_norm=0.5
     ),
-    "adam, linear after one step": dataclasses.replace(
-        ADAMW, name="adam", schedule="linear", warmup_steps=1, weight_decay=0.1
+    "adam, linear at once, clipped": dataclasses.replace(
+        ADAMW, name="adam", schedule="linear", weight_decay=0.1, clip_norm=0.5
     ),
-    "adamw, other moments": dataclasses.replace(ADAMW, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1),
+    "adamw, linear after one step, other moments": dataclasses.replace(
+        ADAMW, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, schedule="linear", warmup_steps=1
+    ),
+    "adamw without decay or momentum": dataclasses.replace(ADAMW, b1=0.0, weight_decay=0.0),
     "sgd, momentum, a limit above": OptimizerConfig(
         name="sgd", learning_rate=0.1, weight_decay=0.1, clip_norm=100.0
     ),
-    "sgd": OptimizerConfig(name="sgd", learning_rate=0.1, b1=0.0),
+    "sgd, cosine at once, clipped": OptimizerConfig(
+        name="sgd", learning_rate=0.1, b1=0.0, weight_decay=0.1, schedule="cosine", clip_norm=0.5
+    ),
 }
+
+
+OF_A_SHAPE = (
+    "1 weights",
+    "2 operations",
+    "2 layer norm, mean 300",
+    "2 large scores",
+    "3 logits",
+)
 
 
 def cases(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
     """(rung, case, config) of the whole ladder: every objective, on the two outer shapes all."""
     for index, (name, fields) in enumerate(SHAPES.items()):
-        for rung in ("1 weights", "2 operations", "2 layer norm, mean 300", "3 logits"):
+        for rung in (
+            "1 weights",
+            "2 operations",
+            "2 layer norm, mean 300",
+            "3 logits",
+            "2 large scores",
+        ):
             yield rung, name, case(dtype, **fields)
         is_outer = index in (0, len(SHAPES) - 1)
         for objective in OBJECTIVES if is_outer else [OBJECTIVES[index % 3]]:
@@ -836,9 +975,10 @@ def _trajectories(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
             config = case(dtype, objective, steps=20, dropout=rate, **SHAPES[shape])
             yield rung, f"{shape}, {objective}", config
     if dtype == "float64":
-        sites = {"dropout": 0.1, "dropout_sites": ("embedding", "mlp")}
-        two = case(dtype, "all_tokens", steps=20, **sites)
-        yield "7 trajectory, dropout", "two of the sites", two
+        for other in ("attention", "attention_output"):  # any two sites swapped show
+            sites = {"dropout": 0.1, "dropout_sites": ("embedding", other)}
+            two = case(dtype, "all_tokens", steps=20, **sites)
+            yield "7 trajectory, dropout", f"embedding and {other}", two
     accumulated = case(dtype, "all_tokens", 6, steps=20, accumulate=3)
     yield "7 trajectory", "accumulated over 3 micro-batches", accumulated
 

@@ -18,7 +18,7 @@ from portproof.port import BadInput, Pass, Port, as_arrays, require_logits, stop
 
 HERE = str(Path(__file__).parent)
 # Half the time to compile: the same program with less of LLVM's polish.
-PLAIN = {"xla_backend_optimization_level": 0}
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -70,7 +70,7 @@ class JaxSide:
         if doing == "backward":
             function = jax.value_and_grad(function, argnums=(0, 1))
         jax.clear_caches()  # what was traced before has no taps, or those of another trace
-        return jax.jit(function, compiler_options=PLAIN).lower(*inputs).compile()
+        return jax.jit(function, compiler_options=FAST_COMPILE).lower(*inputs).compile()
 
     def _inputs(self, seed: int = 0) -> tuple:
         batch = as_arrays(self.port.batch, self.dtype, jnp.asarray)
@@ -80,7 +80,7 @@ class JaxSide:
         taps.differentiate(zero)
         logits = self.port.jax_model(params, batch, key, deterministic)
         require_logits("JAX", logits, self.dtype)
-        return self.port.losses[0](taps.tap("logits", logits), batch)
+        return self.port.losses[0](taps.tap("(logits)", logits), batch)
 
     def require_wide(self) -> None:
         """In float64 nothing may be rounded to less."""
@@ -94,8 +94,8 @@ class JaxSide:
             to = equation.params.get("new_dtype")
             if to in NARROW and equation.invars[0].aval.dtype == jnp.float64:
                 lines = str(equation.source_info.traceback).splitlines()
-                lines = [x for x in lines if "site-packages" not in x and HERE not in x]
-                place = lines[0].rpartition("/")[2] if lines else "a line of a library"
+                own = (x for x in lines if "site-packages" not in x and HERE not in x)
+                place = next(own, "a line of a library").rpartition("/")[2]
                 raise BadInput(
                     f"JAX rounds float64 to {np.dtype(to)} at {place}; let the model compute in "
                     "its weights' dtype, or in jnp.promote_types(x.dtype, jnp.float32)"
@@ -105,7 +105,7 @@ class JaxSide:
         """A function of gradients that takes a step; its scalars are float64, as PyTorch's are."""
         transformation = self.port.optimizers[0]
 
-        @functools.partial(jax.jit, compiler_options=PLAIN)
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
         def update(gradients: Any, state: Any, params: Any) -> Any:
             changes, state = transformation.update(gradients, state, params)
             return optax.apply_updates(params, changes), state

@@ -1,5 +1,6 @@
 """The ladder: leaves, taps forward, loss, taps backward, gradients, updates, dropout, the modes."""
 
+import functools
 import itertools
 import math
 import re
@@ -17,21 +18,17 @@ from portproof.torch_side import TorchSide
 
 PLAIN = ("2 taps forward", "3 loss", "4 taps backward", "5 gradients")
 DROPOUT = tuple(f"7 dropout, {part}" for part in ("forward", "loss", "backward", "gradients"))
-LANDINGS = ("1 leaves", PLAIN[-1], "6 updates", DROPOUT[-1])
 DEVIATIONS = 5.0  # that a share of dropped elements may be from the rate
-DRAWS = {
-    "JAX": "JAX's result changes with the key when deterministic; pass that on to every dropout",
-    "PyTorch": "PyTorch's two runs in eval mode differ; let it draw where `self.training` holds",
-}
 
 
 class Tap(NamedTuple):
-    """A row of the table, spelled out; `call` counts where JAX's side is stacked."""
+    """A row of the table, spelled out; where JAX's side is stacked this is one of its layers."""
 
     name: str
     torch: str
     jax: str
     call: int
+    layers: int
     function: Callable = lambda array: array
 
 
@@ -51,8 +48,9 @@ def spelled(rows: Sequence[tuple], modules: Sequence[str]) -> Iterator[Tap]:
         layers = numbers(re.split("[:>]", theirs)[0], modules)
         layers = [i for i in layers if theirs.replace("{i}", str(i)) not in literal]
         for call, i in enumerate(layers or ["{i}"]):
-            name_i, theirs_i, ours_i = (t.replace("{i}", str(i)) for t in (name, theirs, ours))
-            yield Tap(name_i, theirs_i, ours_i, 0 if "{i}" in ours else call, *function)
+            names = (t.replace("{i}", str(i)) for t in (name, theirs, ours))
+            stack = (0, 1) if "{i}" in ours else (call, len(layers) or 1)
+            yield Tap(*names, *stack, *function)
 
 
 class Pair:
@@ -62,60 +60,56 @@ class Pair:
         self.dtype, self.exact = dtype, exact or self
         self.torch = TorchSide(port, dtype)
         self.torches = list(dict.fromkeys([self.torch, self.exact.torch]))
-        shapes = {path: tuple(leaf.shape) for path, leaf in flat(port.params).items()}
+        shapes = {path: np.shape(leaf) for path, leaf in flat(port.params).items()}
         theirs = {name: tuple(p.shape) for name, p in self.torch.parameters.items()}
         self.table = table(port.leaves, theirs, shapes)
         modules = [path for path, _ in self.torch.model.named_modules()]
-        self.taps = [*spelled([*port.taps, ("logits", "logits", "logits")], modules)]
+        self.taps = [*spelled([*port.taps, ("logits", "(logits)", "(logits)")], modules)]
         masks = [("", site, f"{ours}:mask", *join) for site, ours, *join in port.masks]
         self.masks = [*spelled(masks, modules)]
         self.jax = JaxSide(port, dtype, frozenset(tap.jax for tap in self.taps + self.masks))
         # Far from any init, so that biases and scales matter; float32 holds them.
-        draw, leaves = np.random.default_rng(0).normal, {}
-        for path, shape in shapes.items():
-            leaves[path] = draw(0.1, 0.2, shape).astype(np.float32).astype(dtype)
-        self.load(leaves)
+        draw = functools.partial(np.random.default_rng(0).normal, 0.1, 0.2)
+        self.load({p: draw(s).astype(np.float32).astype(dtype) for p, s in shapes.items()})
 
     def load(self, leaves: dict[str, np.ndarray]) -> None:
         self.jax.leaves = leaves
         for side in self.torches:
-            side.load(self.table.to_torch(leaves))
+            side.load(self.table.moved(leaves, 0))
 
-    def climb(self, steps: int) -> Iterator[Row | Comparison]:
-        """Every comparison, in the order in which a mistake shows."""
-        back = self.table.to_jax(self.torch.named())
-        for path, leaf in self.jax.leaves.items():
-            yield Row("1 leaves", self.dtype, path, relative(back[path], leaf), 0.0)
+    def climb(self, steps: int) -> Iterator[list]:
+        """Every comparison, in the order in which a mistake shows; a list to each landing."""
+        back, leaves = self.table.moved(self.torch.named(), 1), self.jax.leaves
+        errors = {path: relative(back[path], leaf) for path, leaf in leaves.items()}
+        yield [Row("1 leaves", self.dtype, path, error, 0.0) for path, error in errors.items()]
         if self.exact is self:
             self.jax.require_wide()
         for side, varies in self.draws(train=False).items():
             if varies:
-                raise BadInput(DRAWS[side])
-        yield from self.operations(PLAIN, self.jax.run(train=False))
-        yield from self.updates(steps)
-        drawn = self.torch.run(train=True).drawn
-        if drawn or self.masks:
-            ours = self.jax.run(train=True)
-            masks = self.jax_masks(ours, drawn)
-            yield from self.operations(DROPOUT, ours, masks)
-            yield from self.shares(masks, drawn)
-        for side, varies in self.draws(train=True).items():
-            place = f"{side} in train mode {'varies' if drawn else 'does not vary'}"
-            error = 0.0 if varies == bool(drawn) else np.inf
-            yield Row("8 train and eval", self.dtype, place, error, 0.0)
+                raise BadInput(f"{side}'s two runs in eval mode differ; let it draw in train mode")
+        yield [*self.operations(PLAIN, self.jax.run(train=False))]
+        yield [*self.updates(steps)]
+        drawn, ours = self.torch.run(train=True).drawn, self.jax.run(train=True)
+        masks = self.jax_masks(ours, drawn)
+        if self.draws(True, masks)["PyTorch"]:
+            raise BadInput("PyTorch draws in train mode by other than F.dropout; drop by that")
+        if masks:
+            yield [*self.operations(DROPOUT, ours, masks)]
+        yield [*self.shares(masks, drawn), *self.modes(bool(drawn))]
 
     def operations(self, rungs: Sequence, ours: Pass, masks: Mapping = {}) -> Iterator[Comparison]:
         """Outputs as the forward pass reaches them, then gradients as the backward pass does."""
         places = [tap.torch for tap in self.taps]
         # JAX draws other masks in float64, so PyTorch is run there once more on these.
         passes = [ours, *(side.run(places, masks, train=bool(masks)) for side in self.torches)]
-        _require_fired("JAX", "taps", [tap[2:4] for tap in self.taps], ours)
-        _require_fired("PyTorch", "taps", [(p, 0) for p in places], passes[1])
+        _require_fired("JAX", "taps", [tap[2:5] for tap in self.taps], ours)
+        _require_fired("PyTorch", "taps", [(p, 0, 1) for p in places], passes[1])
 
         def at(tap: Tap, kind: str) -> list[np.ndarray]:
             mine, *theirs = (getattr(found, kind) for found in passes)
             with stops("the table", tap.name):
-                return [mine[tap.jax][tap.call], *(tap.function(t[tap.torch][0]) for t in theirs)]
+                call = tap.call * (len(mine[tap.jax]) // tap.layers)
+                return [mine[tap.jax][call], *(tap.function(t[tap.torch][0]) for t in theirs)]
 
         reached = list(passes[1].values)
         taps = sorted(self.taps, key=lambda tap: reached.index(tap.torch))
@@ -133,19 +127,19 @@ class Pair:
 
     def by_path(self, ours: Mapping, theirs: Iterable[Mapping]) -> dict[str, list[np.ndarray]]:
         """What every side has for each leaf of JAX, laid out as JAX's."""
-        sides = [ours, *map(self.table.to_jax, theirs)]
+        sides = [ours, *(self.table.moved(named, 1) for named in theirs)]
         return {path: [side[path] for side in sides] for path in ours}
 
     def jax_masks(self, ours: Pass, drawn: Collection[str]) -> dict[str, list[np.ndarray]]:
         """JAX's masks by PyTorch's sites: of a JAX site's calls, as many as each layer has."""
-        _require_fired("JAX", "masks", [tap[2:4] for tap in self.masks], ours)
-        masks = {}
+        _require_fired("JAX", "masks", [tap[2:5] for tap in self.masks], ours)
+        masks: dict[str, list[np.ndarray]] = {}
         for mask in self.masks:
             calls = ours.values[mask.jax]
-            n = len(calls) // sum(other.jax == mask.jax for other in self.masks)
+            n = len(calls) // mask.layers
             with stops("the table", f"masks of {mask.torch}"):
                 own = mask.function(calls[mask.call * n : (mask.call + 1) * n])
-                masks[mask.torch] = own if isinstance(own, list) else [own]  # one, if joined
+                masks.setdefault(mask.torch, []).extend(own if isinstance(own, list) else [own])
         if set(masks) != set(drawn):
             sites, named = (", ".join(sorted(sites)) or "no place" for sites in (drawn, masks))
             raise BadInput(
@@ -156,8 +150,8 @@ class Pair:
 
     def shares(self, masks: Mapping[str, list], drawn: Mapping) -> Iterator[Row]:
         """Each side drops as often as the rate says, PyTorch by its own draw."""
-        for site, (theirs, rate) in drawn.items():
-            ours = np.concatenate([mask.ravel() for mask in masks[site]])
+        calls = [(s, *call) for s in drawn for call in zip(masks[s], drawn[s], strict=False)]
+        for site, ours, (theirs, rate) in calls:
             for side, kept in (("JAX", ours), ("PyTorch", theirs)):
                 n, dropped = kept.size, int((kept == 0).sum())
                 error = abs(dropped - rate * n) / math.sqrt(rate * (1 - rate) * n)
@@ -165,13 +159,20 @@ class Pair:
                 place = f"{side} at {site}"
                 yield Row("7 dropout, shares", self.dtype, place, error, DEVIATIONS, note=note)
 
-    def draws(self, train: bool) -> dict[str, bool]:
+    def modes(self, drops: bool) -> Iterator[Row]:
+        """Train mode varies where PyTorch drops."""
+        for side, varies in self.draws(train=True).items():
+            place = f"{side} in train mode {'varies' if varies else 'does not vary'}"
+            yield Row(
+                "8 train and eval", self.dtype, place, 0.0 if varies == drops else np.inf, 0.0
+            )
+
+    def draws(self, train: bool, masks: Mapping = {}) -> dict[str, bool]:
         """Whether two runs of a side differ, JAX's by two keys."""
-        losses = {
-            "JAX": [self.jax.run(train, seed).loss for seed in range(2)],
-            "PyTorch": [self.torch.run(train=train).loss for _ in range(2)],
-        }
-        return {side: not np.array_equal(a, b, equal_nan=True) for side, (a, b) in losses.items()}
+        ours = [self.jax.run(train, seed).loss for seed in range(2)]
+        theirs = [self.torch.run((), masks, train).loss for _ in range(2)]
+        both = {"JAX": ours, "PyTorch": theirs}
+        return {side: not np.array_equal(a, b, equal_nan=True) for side, (a, b) in both.items()}
 
     def updates(self, steps: int) -> Iterator[Comparison]:
         """The distance that each leaf moved, after one update and after all of them.
@@ -205,8 +206,9 @@ def _noise(gradients: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
 def _require_fired(side: str, what: str, calls: Iterable[tuple], found: Pass) -> None:
     missing = [
         nearest(f"{name}, call {call}" if call else name, found.seen)
-        for name, call in calls
-        if len(found.values.get(name, ())) <= call
+        for name, call, layers in calls
+        for n in [len(found.values.get(name, ()))]
+        if n <= call or n % layers  # or not as often in each layer
     ]
     if missing:
         raise BadInput(f"{side}'s {what} that never fire: {'; '.join(missing)}; mend the table")
@@ -218,10 +220,12 @@ def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
     torch.set_num_threads(1)  # of small models the threads only wait for each other
     try:
         for dtype in ("float64", "float32")[: 1 + float32]:
-            pair = Pair(port, dtype, pair)
-            for rung, found in itertools.groupby(pair.climb(steps), lambda found: found.rung):
-                report.rows += _rows(list(found), dtype)
-                if rung in LANDINGS and not report.passed:
+            with stops("the tables", "read"):
+                pair = Pair(port, dtype, pair)
+            for landing in pair.climb(steps):
+                for _, found in itertools.groupby(landing, lambda found: found.rung):
+                    report.rows += _rows(list(found), dtype)
+                if not report.passed:
                     return report  # what is left would tell the same again
     except Stopped as stopped:
         report.stopped = str(stopped)

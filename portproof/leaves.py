@@ -13,7 +13,7 @@ SIDES = ("PyTorch's", "JAX's")
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """{"trunk/fc/kernel": leaf, ...} of any tree; NNX's `value` is no part of a name."""
+    """{"trunk/fc/kernel": leaf, ...} of any tree; NNX's attribute `value` is no part of a name."""
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -23,7 +23,8 @@ def unflat(leaves: Mapping[str, Any], like: Any) -> Any:
 
 
 def _path(keys: Any) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
+    keys = keys[:-1] if keys[-1:] == (jax.tree_util.GetAttrKey("value"),) else keys
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 class Part(NamedTuple):
@@ -45,19 +46,12 @@ class Table(NamedTuple):
     rows: Sequence[tuple[list[Part], list[Part]]]
     shapes: tuple[Shapes, Shapes]
 
-    def to_torch(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """JAX's leaves under PyTorch's names."""
-        return self._moved(leaves, 1, 0)
-
-    def to_jax(self, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inverse."""
-        return self._moved(named, 0, 1)
-
-    def _moved(self, leaves: Mapping[str, np.ndarray], old: int, new: int) -> dict:
+    def moved(self, leaves: Mapping[str, np.ndarray], new: int) -> dict[str, np.ndarray]:
+        """JAX's leaves under PyTorch's names (new is 0), or the inverse (1)."""
         dtype = next(iter(leaves.values())).dtype
         moved = {path: np.full(shape, np.nan, dtype) for path, shape in self.shapes[new].items()}
         for row in self.rows:
-            whole = np.concatenate([part.of(leaves) for part in row[old]])
+            whole = np.concatenate([part.of(leaves) for part in row[1 - new]])
             views = [part.of(moved) for part in row[new]]
             ends = np.cumsum([len(view) for view in views])
             for view, array in zip(views, np.split(whole, ends[:-1]), strict=True):
@@ -70,30 +64,28 @@ def table(rows: Sequence[tuple], torch_shapes: Shapes, jax_shapes: Shapes) -> Ta
     pairs = [[[x] if isinstance(x, str) else x for x in row] for row in rows]
     taken = {name for theirs, _ in pairs for name in theirs}
     spelled = [
-        ([_part(name, i) for name in theirs], [_part(path, i) for path in ours])
-        for theirs, ours in pairs
-        for i in numbers(theirs[0], torch_shapes, taken)
+        tuple([_part(path, i, n) for path in side] for side in row)
+        for row in pairs
+        for n, i in enumerate(numbers(row[0][0], torch_shapes, taken))
     ]
     shapes = torch_shapes, jax_shapes
     lost = [line for n in range(2) for line in _lost(n, spelled, shapes[n])]
     if lost:
         raise BadInput(f"leaves without a counterpart: {'; '.join(lost)}; mend the table")
     zeros = [{path: np.zeros(shape) for path, shape in side.items()} for side in shapes]
-    wrong = [_shown(row, shapes) for row in spelled if not _fits(row, zeros)]
+    wrong = [line for row in spelled for line in _misfit(row, zeros)]
     built = Table(spelled, shapes)
     if not wrong:  # what no row fills is left NaN
-        ours = built.to_jax(zeros[0]).items()
-        wrong = [
-            f"JAX's {path} has layers that PyTorch lacks" for path, x in ours if np.isnan(x).any()
-        ]
+        lacking = [path for path, x in built.moved(zeros[0], 1).items() if np.isnan(x).any()]
+        wrong = [f"JAX's {path} has layers that PyTorch lacks" for path in lacking]
     if wrong:
         raise BadInput(f"shapes that do not fit: {'; '.join(wrong)}; mend the table or a model")
     return built
 
 
-def _part(path: str, i: int | str) -> Part:
+def _part(path: str, i: int | str, n: int) -> Part:
     name = path.removesuffix(".T")
-    layer = None if "{i}" in name or isinstance(i, str) else i
+    layer = None if "{i}" in name or isinstance(i, str) else n
     return Part(name.replace("{i}", str(i)), layer, name != path)
 
 
@@ -106,15 +98,12 @@ def _lost(n: int, rows: list, shapes: Shapes) -> list[str]:
     return lines + [f"{SIDES[n]} {nearest(name, unknown or named)}" for name in rest]
 
 
-def _fits(row: tuple, leaves: Sequence[Mapping]) -> bool:
-    """Whether both sides join to one shape."""
+def _misfit(row: tuple, leaves: Sequence[Mapping]) -> list[str]:
+    """Both sides of a row, if they do not join to one shape."""
     try:
         theirs, ours = (np.concatenate([p.of(leaves[n]) for p in row[n]]) for n in range(2))
+        fits = theirs.shape == ours.shape
     except (IndexError, ValueError):  # a stack that lacks the layer, or parts that do not join
-        return False
-    return theirs.shape == ours.shape
-
-
-def _shown(row: tuple, shapes: Sequence[Shapes]) -> str:
-    sides = [", ".join(f"{p.path} {list(shapes[n][p.path])}" for p in row[n]) for n in range(2)]
-    return f"PyTorch's {sides[0]} and JAX's {sides[1]}"
+        fits = False
+    t, j = (", ".join(f"{p.path} {[*leaves[n][p.path].shape]}" for p in row[n]) for n in range(2))
+    return [] if fits else [f"PyTorch's {t} and JAX's {j}"]

@@ -53,7 +53,7 @@ def next_token_jax(logits_BxLxV: Any, tokens_BxL: Any) -> Any:
 
 def next_token_torch(logits_BxLxV: torch.Tensor, tokens_BxL: torch.Tensor) -> torch.Tensor:
     """The same."""
-    return torch.nn.functional.cross_entropy(logits_BxLxV[:, :-1].mT, tokens_BxL[:, 1:])
+    return torch.nn.functional.cross_entropy(logits_BxLxV[:, :-1].mT, tokens_BxL[:, 1:].long())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Port:
     """Two models and what joins them. In every table PyTorch comes first.
 
     `{i}` is every number that fits among PyTorch's names and that no other row names. Where the
-    JAX side lacks it, that side is stacked: `i` is the place on axis 0, or of the call.
+    JAX side lacks it, that side is stacked: these are in order its places on axis 0, or its calls.
 
     Attributes:
       torch_model: builds PyTorch's module; called once a dtype.
@@ -97,15 +97,15 @@ class Pass:
     """One pass of one side: what is tapped, the calls at each tap, and what came of it.
 
     `seen` is every place that could be tapped, `running` the modules that are being called, and
-    `drawn` what PyTorch kept at each site, and its rate.
+    `drawn` what PyTorch kept at each call of a site, and its rate.
     """
 
     def __init__(self, wanted: Iterable[str] = ()):
         self.wanted, self.seen = frozenset(wanted), set[str]()
         self.running = [""]
-        self.values: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        self.gradients: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        self.drawn: dict[str, tuple[np.ndarray, float]] = {}
+        self.values: dict[str, list] = collections.defaultdict(list)
+        self.gradients: dict[str, list] = collections.defaultdict(list)
+        self.drawn: dict[str, list] = collections.defaultdict(list)
         self.leaves: dict[str, np.ndarray] = {}
         self.loss: Any = None
 

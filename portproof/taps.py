@@ -1,8 +1,7 @@
 """Taps and masks on the JAX side: the value on the way forward, its gradient on the way back.
 
-A tap is the identity. Run alone it hands over its argument; differentiated, its cotangent. The
-callbacks are ordered, so a scanned layer's calls come as the loop makes them, and the cotangents
-in the opposite order, also where the loop is unrolled or rematerialized.
+A tap is the identity. Run alone it hands over its argument; differentiated, its cotangent. Calls
+come as a loop makes them, cotangents in the opposite order, also if it is unrolled or in remat.
 """
 
 import contextlib
@@ -114,7 +113,7 @@ def _module(path: str, call: Callable, args: tuple, kwargs: dict) -> Any:
         call = functools.partial(_dropout, path, call)
     result = call(*args, **kwargs)
     _found.running.pop()
-    if isinstance(result, tuple):
+    if type(result) is tuple:  # a named one is the model's own
         return tuple(tap(f"{path}:out{i}", x) for i, x in enumerate(result))
     return tap(path, result)
 

@@ -1,14 +1,15 @@
 """The PyTorch side: hooks at modules, and a mode that sees functions, drops by given masks, widens.
 
-Float64 means float64 throughout: where a model asks for float32 by name (many compute a norm or a
-softmax so), the mode gives it float64.
+Where a model asks for float32 by name (many compute a norm or a softmax so), it widens in float64.
 """
 
 import contextlib
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -46,8 +47,10 @@ class Listener(TorchFunctionMode):
 
     def tap(self, name: str, x: Any) -> Any:
         """`x`, its value and its gradient written down; what stops the gradient comes before."""
+        if not torch.is_tensor(x) or not x.is_floating_point():
+            return x
         self.found.seen.add(name)
-        if name not in self.found.wanted or not torch.is_tensor(x) or not x.is_floating_point():
+        if name not in self.found.wanted:
             return x
         values, gradients = self.found.values[name], self.found.gradients[name]
         values.append(x.numpy(force=True).copy())
@@ -68,12 +71,15 @@ class Listener(TorchFunctionMode):
 
     def _leave(self, path: str, module: Any, args: tuple, result: Any) -> Any:
         self.found.running.pop()
-        if isinstance(result, tuple):
+        if type(result) is tuple:  # a named one is the model's own
             return tuple(self.tap(f"{path}:out{i}", x) for i, x in enumerate(result))
         return self.tap(path, result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # Python: what it calls is seen one by one
+            with mock.patch.object(F, "has_torch_function", return_value=False), self:
+                return func(*args, **kwargs)
         if self.wide:
             func = torch.Tensor.double if func is torch.Tensor.float else func
             args = [torch.float64 if x is torch.float32 else x for x in args]
@@ -95,32 +101,31 @@ class Listener(TorchFunctionMode):
         if not training or p == 0:
             return x
         if path in self.masks:
-            return x * self._mask(path, x) / (1 - p)
-        result = DROPOUT(x, p, True)
-        self.found.drawn[path] = result[x != 0].numpy(force=True), p
-        return result
+            result = x * self._mask(path, x) / (1 - p)
+        else:
+            result = DROPOUT(x, p, True)
+            self.found.drawn[path].append((result[x != 0].numpy(force=True), p))
+        return x.copy_(result) if inplace else result
 
     def _attention(
-        self, path: str, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-        *args: Any, **kwargs: Any,
+        self, path: str, query: Any, key: Any, value: Any, attn_mask: Any = None,
+        dropout_p: float = 0.0, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Its weights are what it makes of one-hot values, for the fused kernels take no mask."""
         if dropout_p == 0:
-            return ATTENTION(q, k, v, attn_mask, dropout_p, *args, **kwargs)
-        L = v.shape[-2]
-        one_hot = torch.eye(L, dtype=v.dtype).expand(*v.shape[:-1], L)
-        weights = ATTENTION(q, k, one_hot, attn_mask, 0.0, *args, **kwargs)
+            return ATTENTION(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+        L = value.shape[-2]
+        one_hot = torch.eye(L, dtype=value.dtype).expand(*value.shape[:-1], L)
+        weights = ATTENTION(query, key, one_hot, attn_mask, 0.0, *args, **kwargs)
         dropped = self._dropout(path, weights, dropout_p)
-        return dropped @ v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+        return dropped @ value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
 
     def _mask(self, path: str, x: torch.Tensor) -> torch.Tensor:
         keep = next(self.masks[path], None)
         if keep is None or keep.shape != tuple(x.shape):
             ours = "no more masks" if keep is None else f"a mask of {list(keep.shape)}"
-            raise BadInput(
-                f"PyTorch drops of {list(x.shape)} at {path}, where JAX has {ours}; drop at the "
-                "same places, or give the row of masks a function that joins JAX's"
-            )
+            there = f"PyTorch drops of {list(x.shape)} at {path}, where JAX has {ours}"
+            raise BadInput(f"{there}; drop at the same places, or join JAX's by the row of masks")
         return to_torch(keep != 0).to(x.dtype)
 
 
@@ -131,8 +136,9 @@ class TorchSide:
         self.port, self.dtype, self.wide = port, dtype, dtype == "float64"
         self.batch = as_arrays(port.batch, dtype, to_torch)
         with stops("PyTorch", "made"), Listener(self.wide).listening(torch.nn.Module()):
-            self.model = port.torch_model().to(getattr(torch, dtype))
+            self.model = copy.deepcopy(port.torch_model()).to(getattr(torch, dtype))
         self.parameters = dict(self.model.named_parameters())
+        self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
     def named(self) -> dict[str, np.ndarray]:
         """Its parameters by their names."""
@@ -144,14 +150,16 @@ class TorchSide:
                 parameter.copy_(to_torch(named[name]))
 
     def run(self, wanted: Iterable[str] = (), masks: Mapping = {}, train: bool = False) -> Pass:
-        """One pass forward and backward; without masks it draws its own."""
+        """One pass forward and backward from the first buffers; without masks it draws its own."""
+        for buffer, first in self.buffers:
+            buffer.detach().copy_(first)
         self.model.train(train)
         self.model.zero_grad()
         listener = Listener(self.wide, wanted, masks)
         found = listener.found
         with listener.listening(self.model):
             with stops("PyTorch", "forward", found.running):
-                logits = listener.tap("logits", self.port.forward(self.model, self.batch))
+                logits = listener.tap("(logits)", self.port.forward(self.model, self.batch))
                 require_logits("PyTorch", logits, self.dtype)
             with stops("PyTorch", "loss"):
                 loss = self.port.losses[1](logits, self.batch)

@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,163 @@ def test_nan_and_another_shape_differ():
         assert [error <= tolerance for error, tolerance in law] == [False, True]
 
 
+# ---- models that are written otherwise ----------------------------------------------------------
+
+
+class Named(NamedTuple):
+    x: torch.Tensor
+
+
+class Inner(torch.nn.Module):
+    """Has a buffer that train mode moves, and a named result."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        result = Named(x * self.scale.clone())
+        if self.training:
+            self.scale.mul_(2)
+        return result
+
+
+class Otherwise(Tiny):
+    """Drops twice by one module, the second time in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.inner = torch.nn.Dropout(0.2), Inner()
+
+    def forward(self, tokens_BxL):
+        x_BxLxD = self.inner(self.drop(self.embed(tokens_BxL))).x
+        h_BxLxD = self.blocks[0].fc(x_BxLxD)
+        F.dropout(h_BxLxD, 0.3, self.training, inplace=True)
+        return self.head(self.drop(x_BxLxD + torch.tanh(h_BxLxD)))
+
+
+def otherwise(params, tokens_BxL, key, deterministic):
+    keys = iter(jax.random.split(key, 3))
+
+    def drop(name, x, rate):
+        if deterministic:
+            return x
+        kept = portproof.mask(name, jax.random.bernoulli(next(keys), 1 - rate, x.shape))
+        return jnp.where(kept, x / (1 - rate), 0)
+
+    x_BxLxD = drop("first", params["embed"][tokens_BxL], 0.2)
+    fc = params["fc"]
+    h_BxLxD = drop("middle", x_BxLxD @ fc["value"] + fc["bias"], 0.3)
+    return drop("last", x_BxLxD + jnp.tanh(h_BxLxD), 0.2) @ params["head"]
+
+
+def test_a_model_that_is_written_otherwise_is_proved_equal():
+    """It is made once, and given twice."""
+    ready = Otherwise()
+    ready.blocks = ready.blocks[:1]
+    port = changed(
+        torch_model=lambda: ready,
+        jax_model=otherwise,
+        params={
+            "embed": shape(V, D),
+            "fc": {"value": shape(D, D), "bias": shape(D)},
+            "head": shape(D, V),
+        },
+        leaves=[
+            ("embed.weight", "embed"),
+            ("blocks.0.fc.weight", "fc/value.T"),
+            ("blocks.0.fc.bias", "fc/bias"),
+            ("head.weight", "head.T"),
+        ],
+        taps=[],
+        masks=[("drop", "first"), ("", "middle"), ("drop", "last")],
+    )
+    proved = portproof.prove(port)
+    assert proved.passed, proved
+    assert any(row.place == "JAX at drop" for row in proved.rows)
+
+
+class Attends(torch.nn.Module):
+    """PyTorch's own attention, which calls functions that drop."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(V, D), torch.nn.Linear(D, V, bias=False)
+        self.attn = torch.nn.MultiheadAttention(D, 2, dropout=0.2, batch_first=True)
+
+    def forward(self, tokens_BxL):
+        x_BxLxD = self.embed(tokens_BxL)
+        hides_LxL = torch.ones(L, L, dtype=torch.bool).triu(1)
+        y_BxLxD, _ = self.attn(*[x_BxLxD] * 3, attn_mask=hides_LxL, need_weights=False)
+        return self.head(x_BxLxD + y_BxLxD)
+
+
+def attends(params, tokens_BxL, key, deterministic):
+    x_BxLxD = params["embed"][tokens_BxL]
+    parts = jnp.split(x_BxLxD @ params["qkv"] + params["qkv_bias"], 3, axis=-1)
+    q, k, v = (part.reshape(*part.shape[:2], 2, D // 2).swapaxes(1, 2) for part in parts)
+    scores = q @ k.mT / (D // 2) ** 0.5
+    weights = jax.nn.softmax(jnp.where(jnp.tri(L, dtype=bool), scores, -jnp.inf))
+    if not deterministic:
+        kept = portproof.mask("weights", jax.random.bernoulli(key, 0.8, weights.shape))
+        weights = jnp.where(kept, weights / 0.8, 0)
+    y_BxLxD = (weights @ v).swapaxes(1, 2).reshape(x_BxLxD.shape)
+    return (x_BxLxD + y_BxLxD @ params["out"] + params["out_bias"]) @ params["head"]
+
+
+def test_pytorchs_own_attention_drops_by_jaxs_masks():
+    port = changed(
+        torch_model=Attends,
+        jax_model=attends,
+        params={
+            "embed": shape(V, D),
+            "qkv": shape(D, 3 * D),
+            "qkv_bias": shape(3 * D),
+            "out": shape(D, D),
+            "out_bias": shape(D),
+            "head": shape(D, V),
+        },
+        leaves=[
+            ("embed.weight", "embed"),
+            ("attn.in_proj_weight", "qkv.T"),
+            ("attn.in_proj_bias", "qkv_bias"),
+            ("attn.out_proj.weight", "out.T"),
+            ("attn.out_proj.bias", "out_bias"),
+            ("head.weight", "head.T"),
+        ],
+        taps=[],
+        masks=[("attn", "weights")],
+    )
+    proved = portproof.prove(port)
+    assert proved.passed, proved
+    assert any(row.rung == "7 dropout, gradients" for row in proved.rows)
+
+
+def test_what_a_mask_hides_is_equal_and_hides_nothing():
+    for hidden in (-np.inf, -1e30):
+        assert report.relative([hidden, 1.0], [hidden, 1.0]) == 0
+        assert report.relative([hidden, 1.1], [hidden, 1.0]) > 0.05
+    with np.errstate(invalid="ignore"):
+        assert not report.relative([np.inf, 1.0], [-np.inf, 1.0]) <= 1
+
+
+def test_which_side_drops_alone_is_said(monkeypatch):
+    monkeypatch.setattr(Block, "forward", lambda self, x: x + torch.tanh(self.fc(x)))
+
+    def alone(params, tokens_BxL, key, deterministic):
+        result = tiny(params, tokens_BxL, key, deterministic=True)
+        return result if deterministic else result * jax.random.uniform(key)
+
+    port = changed(jax_model=alone, masks=[])
+    proved = portproof.prove(port, float32=False)
+    assert proved.first.place == "JAX in train mode varies", proved
+
+
+def test_a_row_of_the_wrong_length_is_named(monkeypatch, capsys):
+    assert ends(changed(taps=[("embedding", "embed")]), monkeypatch) == 1
+    assert "stopped in the tables, read: ValueError: not enough values" in capsys.readouterr().out
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 
@@ -235,6 +393,11 @@ def draws(params, tokens, key, deterministic):
 class Noisy(Tiny):
     def forward(self, tokens):
         return super().forward(tokens) * torch.rand(())
+
+
+class DropsOtherwise(Tiny):
+    def forward(self, tokens):
+        return F.alpha_dropout(super().forward(tokens), 0.1, self.training)
 
 
 LEAVES, TAPS = list(PORT.leaves), list(PORT.taps)
@@ -274,7 +437,15 @@ BAD = {
         {"masks": []},
         "PyTorch drops at blocks.0, blocks.1, blocks.2, and the table of masks names no place",
     ),
-    "randomness in JAX": ({"jax_model": draws}, "JAX's result changes with the key"),
+    "a tap that fires unevenly": (
+        {"jax_model": lambda *inputs: portproof.tap("tanh", tiny(*inputs))},
+        "JAX's taps that never fire: tanh",
+    ),
+    "a module that draws otherwise": (
+        {"torch_model": DropsOtherwise},
+        "PyTorch draws in train mode by other than F.dropout",
+    ),
+    "randomness in JAX": ({"jax_model": draws}, "JAX's two runs in eval mode differ"),
     "randomness in PyTorch": ({"torch_model": Noisy}, "PyTorch's two runs in eval mode differ"),
     "float32 in JAX": (
         {"jax_model": functools.partial(tiny, fc=rounded)},
@@ -333,11 +504,11 @@ def test_leaves_go_there_and_back():
     table = leaves.table(ROWS, TORCH, OURS)
     random = np.random.default_rng(0)
     drawn = {path: random.normal(size=shape) for path, shape in OURS.items()}
-    named = table.to_torch(drawn)
+    named = table.moved(drawn, 0)
     assert {name: array.shape for name, array in named.items()} == TORCH
     np.testing.assert_array_equal(named["a.1.k"], drawn["qk"][1].T[4:])
     np.testing.assert_array_equal(named["a.0.g"][1:], drawn["right/0"])
-    back = table.to_jax(named)
+    back = table.moved(named, 1)
     for path, leaf in drawn.items():
         np.testing.assert_array_equal(back[path], leaf)
 
@@ -398,6 +569,7 @@ def test_a_scanned_taps_calls_are_in_order(depth, unroll, remat):
     [
         {},
         {"is_causal": True, "scale": 0.3},
+        {"by name": True},
         {"enable_gqa": True},
         {"attn_mask": torch.arange(25).view(5, 5) % 3 > 0},
         {"attn_mask": torch.arange(25.0).view(5, 5)},
@@ -416,6 +588,9 @@ def test_attention_by_hand_is_the_fused_one(options):
     how = {"attn_mask": None} | options
     place = how.pop("attn_mask"), 0.5  # by place, as no other test does
     module.forward = lambda q: F.scaled_dot_product_attention(q, k, v, *place, **how)
+    if options.pop("by name", False):
+        named = {"query": q, "key": k, "value": v, "dropout_p": 0.5}
+        module.forward = lambda q: F.scaled_dot_product_attention(**named)
     listener = torch_side.Listener(wide=False, masks={"": [keep]})
     with listener.listening(module):
         found = module(q)
