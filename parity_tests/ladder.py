@@ -525,6 +525,8 @@ def modes(config: TrainConfig) -> Comparisons:
         yield f"eval mode: {name}", ours[name], expected[name]
     kinds = set(map(type, expected.values()))
     yield "eval mode: PyTorch's figures are floats", kinds == {float}, True
+    if config.model.dtype != "float64":
+        return  # what follows is about no number
     given: list[Any] = []
     of_step = functools.partial(step.train_step, config=config, loss=_heard(given))
     jax.eval_shape(of_step, pair.state(), pair.key, pair.windows)
@@ -676,7 +678,8 @@ def _first_moment(config: TrainConfig) -> tuple[bool, bool]:
     gradients = pair.random_tree(mean=0.0, std=0.1)
     given = mock.patch.object(step, "loss_and_gradients", return_value=(0.0, gradients))
     with given:
-        after, _ = step.train_step(pair.state(), pair.key, jnp.asarray(pair.windows), config=low)
+        of_step = jax.jit(functools.partial(step.train_step, config=low))
+        after, _ = of_step(pair.state(), pair.key, pair.windows)
     found = bridge.flat(optax.tree.get(after.opt_state, "mu"))
     errors = [relative(10 * found[path], g) for path, g in bridge.flat(gradients).items()]
     return max(errors) < 1e-6, True

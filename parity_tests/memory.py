@@ -2,7 +2,8 @@
 
 import collections
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,18 @@ Figure = tuple[str, str, Any, Any]
 """(operation, what, found, expected)."""
 
 
-def figures() -> list[Figure]:
+def parts() -> list[Callable[[], list[Figure]]]:
     """Of a block, by `remat`; of the loss, in chunks or not; of the norms. No array is made."""
-    with jax.disable_jit(False):  # without jit, as some mutants are run, a scan is a Python loop
-        return [*_of_blocks(), *_of_devices(), *_of_a_mesh(), *_of_the_loss()]
+    return [
+        functools.partial(_with_jit, part)
+        for part in (_of_blocks, _of_devices, _of_a_mesh, _of_the_loss)
+    ]
+
+
+def _with_jit(part: Callable[[], Iterator[Figure]]) -> list[Figure]:
+    """Without it, as some mutants are run, a scan is a Python loop."""
+    with jax.disable_jit(False):
+        return [*part()]
 
 
 def _of_blocks() -> Iterator[Figure]:
@@ -94,11 +103,26 @@ def _of_the_loss() -> Iterator[Figure]:
         (1030, 6, False, [(6, 1030, 1)] * 2),
     ):
         with _on(is_gpu):
-            traced = _traced(step.loss_and_gradients, _config(1, n_rows, n, remat="none"))
+            traced = _traced(_loss_of_features, _config(1, n_rows, n))
         found = traced["scan"][0]["kept"] if traced["scan"] else []
         of = f"of {n} positions of {n_rows} rows{' on a GPU' * is_gpu}"
         yield "loss", f"kept {of}", found, chunks
         yield "loss", f"computed again {of}", len(traced["remat2"]) > 0, len(chunks) > 0
+
+
+def _loss_of_features(state: Any, _: Any, windows_BxL1: jax.Array, *, config: TrainConfig) -> Any:
+    """`position_losses` of a model without blocks, and its gradient."""
+
+    def mean(wte_VxD: jax.Array) -> jax.Array:
+        given = {**state.params, "wte": wte_VxD}
+        n, how = config.model.seq_len, {"config": config, "deterministic": True}
+        return losses.position_losses(given, windows_BxL1, n_last=n, **how).mean()
+
+    def features(model: Any, tokens_BxL: jax.Array, **_: Any) -> jax.Array:
+        return model.wte_VxD[tokens_BxL]
+
+    with mock.patch.object(losses.Model5, "features", features):
+        return jax.grad(mean)(state.params["wte"])
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,8 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     yield "operations, the other config", _operations(other)
     yield rung("step", "7 trajectory, dropout", other)
     yield rung("train and eval mode", "8 train/eval", other)
-    yield "memory", _memory()
+    for part in memory.parts():
+        yield "memory", _memory(part)
     yield rung("bfloat16", "8 bfloat16", config)
     yield rung("four devices", "8 four devices", config)
     if config.model.dropout:
@@ -187,8 +188,8 @@ def _rung(rung: str, config: TrainConfig, operation: str) -> Iterator[Row]:
         yield Row(owner, f"{rung.partition(' ')[2]}: {m.where}", *fields)
 
 
-def _memory() -> Iterator[Row]:
-    for operation, what, found, expected in memory.figures():
+def _memory(part: Callable[[], list[memory.Figure]]) -> Iterator[Row]:
+    for operation, what, found, expected in part():
         error = 0.0 if found == expected else np.inf
         cause = f"{found} instead of {expected}; it is JAX that departs" if error else ""
         # Traced in float32 with dropout; no number is computed.

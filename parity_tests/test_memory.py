@@ -32,7 +32,8 @@ FAULTS = {
 
 
 def differing():
-    return [operation for operation, _, found, expected in memory.figures() if found != expected]
+    figures = [figure for part in memory.parts() for figure in part()]
+    return [operation for operation, _, found, expected in figures if found != expected]
 
 
 def test_a_step_keeps_what_is_stated():
