@@ -30,7 +30,7 @@ from jax_model5.kernels import random_bits
 from jax_model5.model import Block, LayerNorm, Model5, Slots
 from jax_model5.startup import set_up_jax
 from jax_model5.step import SAMPLE, abstract_state
-from jax_model5.trees import merge, split
+from jax_model5.trees import blocks_of, layers_in_place, merge, split
 
 AT_ONCE = 8  # tokens that one call of a compiled loop writes; they appear together
 
@@ -65,20 +65,14 @@ class Sampling:
 def unstack(params: dict, config: ModelConfig) -> dict:
     """The parameters as a token reads them: `blocks` one by one, matrices in the model's dtype.
 
-    A block cut from the stack is a copy, as is a matrix in another dtype. Generation cuts and casts
-    once, not for every token. The `head` is there also where it is wte.
+    A block cut from the stack is a copy, as is a matrix in another dtype: both once, not for every
+    token. The `head` is there also where it is wte.
     """
     kernels, others = split(params, ["*/kernel"], "params")
     matrices = {**kernels, "head": params.get("head", params["wte"])}
     rest = merge(others, jax.tree.map(lambda matrix: matrix.astype(config.dtype), matrices))
     blocks = blocks_of(rest.pop("trunk", {}), rest.pop("last_block"))
     return {**rest, "blocks": blocks}
-
-
-def blocks_of(trunk: dict, last: dict) -> list[dict]:
-    """The parameters of each block of the stack, and the last one's."""
-    depth = len(jax.tree.leaves(trunk)[0]) if trunk else 0
-    return [*(jax.tree.map(lambda leaf, i=i: leaf[i], trunk) for i in range(depth)), last]
 
 
 def of_text(config: ModelConfig) -> ModelConfig:
@@ -91,8 +85,15 @@ def of_text(config: ModelConfig) -> ModelConfig:
 
 
 def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
-    """What `unstack` makes of the parameters, and the config to go on with."""
+    """What `unstack` makes of the parameters, and the config to go on with.
+
+    On one CPU nothing is copied. JAX copies a state that is donated meanwhile.
+    """
     config = of_text(config)
+    devices = getattr(params["wte"], "devices", set)()  # an array of NumPy has none
+    if [device.platform for device in devices] == ["cpu"]:
+        trunk = jax.tree.map(layers_in_place, params.get("trunk", {}))
+        return unstack({**params, "trunk": trunk}, config), config
     return jax.jit(unstack, static_argnames="config")(params, config=config), config
 
 

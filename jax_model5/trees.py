@@ -59,6 +59,22 @@ def merge(params: dict, others: dict) -> dict:
     return tree_of(leaves_of(params) | leaves_of(others))
 
 
+def blocks_of(trunk: dict, last: dict) -> list[dict]:
+    """The parameters of each block of the trunk, a stack or lists of layers, and the last one's."""
+    depth = len(trunk["ln_1"]["scale"]) if trunk else 0
+    cut = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], trunk, is_leaf=lambda leaf: isinstance(leaf, list))
+        for i in range(depth)
+    ]
+    return [*cut, last]
+
+
+def layers_in_place(leaf: jax.Array) -> list[jax.Array]:
+    """The layers of a stacked leaf that is on one CPU, without a copy where they are aligned."""
+    (device,) = leaf.devices()
+    return [jax.device_put(layer, device, may_alias=True) for layer in np.asarray(leaf)]
+
+
 # ---- the same weights in other layouts ----------------------------------------------------------
 
 # Our leaf of a block, its shape, GPT-2's tensor of h.0, h.1, ... and torch_ref's of blocks.0, ...

@@ -104,4 +104,7 @@ EXPLAINED = [
     ("*:threshold", "call left out: jnp . uint32", "beside 32 bits an integer becomes them"),
     ("*layer_norm.py:_backward", "exchanged: *  normal, g = ", "scale_D widens g, cast or not"),
     ("*layer_norm.py:_backward", "call left out: tuple ", "JAX takes a range, too"),
+    ("*:threefry*", "call left out: jnp . uint32", "beside 32 bits an integer becomes them"),
+    ("*:threefry_first_word", "operator: *| y >>", "no bit is in both"),
+    ("*:causal_attention", "constant: 2 -> 1*ends", "in one part: the same numbers, more work"),
 ]

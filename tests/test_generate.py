@@ -101,6 +101,23 @@ def test_matrices_are_cast_once_and_for_all_tokens():
     assert cached_error(config=low, shift=-1) > 0.5
 
 
+def test_a_cpu_reads_its_blocks_where_they_are_and_keeps_them_for_the_text():
+    """A step that takes over the parameters in the middle of a text does not change it."""
+    params = params_of()
+    unstacked, _ = generate.prepared(params, MODEL)
+    stack = params["trunk"]["fc"]["kernel"]
+    place = unstacked["blocks"][1]["fc"]["kernel"].unsafe_buffer_pointer()
+    assert place == stack.unsafe_buffer_pointer() + stack.nbytes // len(stack)
+    del unstacked
+    how = {"config": MODEL, "sampling": GREEDY, "n_tokens": 12}
+    expected = np.array(list(generate.generate(params, PROMPTS, jax.random.key(0), **how)))
+    text = generate.generate(params, PROMPTS, jax.random.key(0), **how)
+    first = next(text)
+    step = jax.jit(lambda trunk: jax.tree.map(lambda leaf: 0 * leaf, trunk), donate_argnums=0)
+    jax.block_until_ready(step(params["trunk"]))
+    np.testing.assert_array_equal(np.array([first, *text]), expected)
+
+
 def test_a_cpu_writes_the_text_of_a_bfloat16_model_in_float32(monkeypatch):
     low = dataclasses.replace(MODEL, dtype="bfloat16")
     assert generate.prepared(params_of(), low)[1].dtype == "float32"

@@ -20,11 +20,10 @@ from jax_model5.bench.measure import program_bytes, serve, timed
 from jax_model5.config import ModelConfig, TrainConfig, parse
 from jax_model5.corpus import Corpus, load_corpus
 from jax_model5.errors import one_line_errors, require
-from jax_model5.generate import blocks_of
 from jax_model5.losses import n_last
 from jax_model5.optimizer import optimizer
 from jax_model5.startup import memory_errors, set_up_jax
-from jax_model5.trees import from_layout
+from jax_model5.trees import blocks_of, from_layout
 
 
 class Block(nn.Module):
