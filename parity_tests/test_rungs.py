@@ -8,13 +8,14 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import torch
 import torch.nn.functional as F
 
 import torch_ref.model
 import torch_ref.step
-from jax_model5 import kernels, layer_norm, losses, model, step
+from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, step, trees
 from parity_tests import ladder, report
 from tests.tiny import ROOT
 
@@ -23,8 +24,13 @@ _threefry, _random_bits = kernels.threefry2x32, kernels.random_bits
 _keep_mask, _nn_normal = model.keep_mask, torch.nn.init.normal_
 _causal = model.causal_attention
 _masked, _make_scheduler = model.masked_attention, torch_ref.step.make_scheduler
+_scan, Block = model.nn.scan, torch_ref.model.Block
+_init_block, _run_block = Block.__init__, Block.forward
+_optimizer, _schedule, _adamw = optimizer.optimizer, optimizer._schedule, optax.adamw
+_value_and_grad, _dropout_key, _unstack = jax.value_and_grad, step.dropout_key, generate.unstack
 DROPOUT, INITS = "9 dropout, by chance", "9 initial weights, by chance"
 STEP, MODES, LOW = "7 trajectory, dropout", "8 train/eval", "8 bfloat16"
+LARGE = "2 large scores"
 
 
 def never_drops(*args, dropout_p, **fields):
@@ -67,6 +73,46 @@ def first_rows_of_rbg(key, shape):
     return _random_bits(key, shape)
 
 
+def alike_where_scanned(*args, split_rngs, unroll, **fields):
+    """Every layer of a loop draws the same."""
+    split_rngs = dict.fromkeys(split_rngs, unroll > 1)
+    return _scan(*args, split_rngs=split_rngs, unroll=unroll, **fields)
+
+
+def same_for_all_heads(key, rate, shape):
+    shape_of_one = (shape[0], 1, *shape[2:]) if len(shape) == 4 else shape
+    return jnp.broadcast_to(_keep_mask(key, rate, shape_of_one), shape)
+
+
+def two_sites_swapped(self, config):
+    _init_block(self, config)
+    self.attn.attend.rate, self.attn_drop.p = self.attn_drop.p, self.attn.attend.rate
+
+
+def seeded(self, x_BxLxD):
+    torch.manual_seed(0)
+    return _run_block(self, x_BxLxD)
+
+
+def in_bfloat16(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), tree)
+
+
+def low_gradients(function):
+    def run(*args):
+        value, gradients = _value_and_grad(function)(*args)
+        return value, in_bfloat16(gradients)
+
+    return run
+
+
+def low_update(*args):
+    right = _optimizer(*args)
+    return right._replace(update=lambda g, *state: right.update(in_bfloat16(g), *state))
+
+
+LN_SWAPPED = {"ln_1.weight": "ln_2.weight", "ln_2.weight": "ln_1.weight"}
+
 # rung, what it names, target, name, value
 FAULTS = [
     (DROPOUT, "PyTorch, blocks.0.attn.attend: share",
@@ -75,25 +121,50 @@ FAULTS = [
     (DROPOUT, "JAX, block 0, drop: share", model, "keep_mask",
      lambda key, rate, shape: _keep_mask(key, rate + 0.03, shape)),
     (DROPOUT, "a mask of its own", model.Dropout, "key", lambda self: jax.random.key(7)),
+    (DROPOUT, "attn/drop: a mask of its own", model.Dropout, "key",
+     lambda self: self.scope.rngs["dropout"].as_jax_rng()),
+    (DROPOUT, "block 1, mlp_drop: a mask of its own", model.nn, "scan", alike_where_scanned),
+    (DROPOUT, "attn/drop: axis 1 varies", model, "keep_mask", same_for_all_heads),
+    (DROPOUT, "PyTorch, blocks.0.attn_drop: nothing is dropped", Block, "__init__",
+     two_sites_swapped),
+    (DROPOUT, "PyTorch, blocks.1.mlp_drop, pass", Block, "forward", seeded),
+    (DROPOUT, "rate * 2**32 is kept", kernels, "keep_mask",
+     lambda key, rate, shape: kernels.random_bits(key, shape) > kernels.threshold(rate)),
     (DROPOUT, "the bits of JAX's own Threefry", kernels, "threefry2x32",
      lambda *arguments: _threefry(*arguments) ^ 1 << 31),
     (DROPOUT, "the bits of JAX's own rbg", kernels, "random_bits", first_rows_of_rbg),
     (INITS, "JAX, init course: last_block/attn/qkv/kernel: kurtosis", model, "kernel_init",
      uniform),
+    (INITS, "fc/kernel: layers differ", model.nn, "scan", alike_where_scanned),
+    (INITS, "keys differ", jax.random, "fold_in", lambda key, data: jax.random.key(0)),
     (INITS, "PyTorch, init course: last_block/attn/qkv/kernel: standard", torch.nn.init, "normal_",
      lambda weight, mean=0.0, std=1.0: _nn_normal(weight, mean, 1.1 * std)),
     ("4 losses by position", "losses of the last 5", losses, "_in_chunks", last_first),
     ("4 losses by position", "losses of the last 2", model, "causal_attention", two_swapped),
+    ("1 weights", "ln_2.weight, of trunk/ln_1/scale", trees, "BLOCK_LEAVES",
+     [(*row[:3], LN_SWAPPED.get(row[3], row[3])) for row in trees.BLOCK_LEAVES]),
+    (LARGE, "losses", losses, "nll", lambda z, targets: jnp.log(jnp.exp(z).sum(-1))
+     - jnp.take_along_axis(z, targets[..., None], -1)[..., 0]),
+    (LARGE, "attention", jax.nn, "softmax",
+     lambda z: jnp.exp(z) / jnp.exp(z).sum(-1, keepdims=True)),
+    ("3 logits", "the head of a text is head", generate, "unstack",
+     lambda params, c: _unstack({**params, "head": params["wte"]}, c)),
     ("3 logits", "KV cache", model, "masked_attention", sees_all),
     (LOW, "softmax in bfloat16", kernels, "at_least_float32", lambda dtype: dtype),
     (LOW, "product mi,io->mo in bfloat16", kernels, "_product",
      lambda axes, a, b: jnp.einsum(axes, a, b) + 1 - 1),
     (LOW, "layer norm in bfloat16", layer_norm, "at_least_float32", lambda dtype: dtype),
     (LOW, "loss in bfloat16", losses, "at_least_float32", lambda dtype: dtype),
+    (LOW, "gradients of micro-batches", jax, "value_and_grad", low_gradients),
+    (LOW, "gradients reach the optimizer", step, "optimizer", low_update),
+    (LOW, "logits in float32", kernels, "matmul_transposed",
+     lambda x, table: (x @ table.T.astype(x.dtype)).astype(jnp.float32)),
     (LOW, "PyTorch under bfloat16", torch_ref.step, "autocast",
      lambda *_: contextlib.nullcontext()),
     (MODES, "the dropout key", step, "dropout_key",
      lambda key, step, micro_batch: jax.random.fold_in(key, step)),
+    (MODES, "the dropout key", step, "dropout_key",
+     lambda key, step, micro_batch: _dropout_key(key, step % 256, micro_batch)),
     (STEP, "learning_rate of step", torch_ref.step, "make_scheduler", without_steps),
     (STEP, "wte", torch.nn.utils, "clip_grad_norm_",
      lambda weights, most: torch.nn.utils.get_total_norm(p.grad for p in weights)),
@@ -109,11 +180,45 @@ def failures(rung, config):
     ("rung", "what", "target", "name", "value"), FAULTS, ids=[f"{f[1]}, {f[3]}" for f in FAULTS]
 )
 def test_a_fault_fails_the_rung_that_is_there_for_it(rung, what, target, name, value):
-    config = report.default_config("float64")
+    config = report.default_config("float32" if rung == LARGE else "float64")
     with mock.patch.object(target, name, value):
         # No other measurement's config, so that JAX traces it anew.
         found = failures(rung, dataclasses.replace(config, workdir=f"{what} {name}"))
     assert any(what in failure for failure in found), found
+
+
+def without_warm_up_constant(config, steps):
+    constant = dataclasses.replace(config, schedule="constant")
+    return _schedule(config if config.warmup_steps else constant, steps)
+
+
+def decay_before_the_clip(config, steps):
+    plain = dataclasses.replace(config, clip_norm=0.0, weight_decay=0.0)
+    decay, clip = optax.add_decayed_weights(config.weight_decay), optimizer._clip(config.clip_norm)
+    return optax.chain(decay, clip, _optimizer(plain, steps))
+
+
+def always_decays(*args, weight_decay, **fields):
+    return _adamw(*args, weight_decay=weight_decay or 0.01, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("update", "target", "name", "value"),
+    [
+        ("sgd, cosine at once, clipped", optimizer, "_schedule", without_warm_up_constant),
+        ("adam, linear at once, clipped", optimizer, "_schedule", without_warm_up_constant),
+        ("sgd, cosine at once, clipped", optimizer, "optimizer", decay_before_the_clip),
+        ("adam, linear at once, clipped", optimizer, "optimizer", decay_before_the_clip),
+        ("adamw without decay or momentum", optax, "adamw", always_decays),
+    ],
+)
+def test_one_optimizer_sees_what_the_others_do_not(update, target, name, value):
+    config = dataclasses.replace(report.default_config("float64"), workdir=f"{update} {value}")
+    with mock.patch.object(target, name, value):
+        for other, of_other in ladder.OPTIMIZERS.items():
+            found = failures("6 updates", dataclasses.replace(config, optimizer=of_other))
+            assert found or other != update
 
 
 def test_rows_in_another_order_are_invisible_to_a_mean():
