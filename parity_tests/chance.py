@@ -121,7 +121,12 @@ def dropout_of_jax(masks: Any, config: ModelConfig) -> Iterator[Figure]:
             rate = config.dropout_at(_site(site.replace("attn/drop", "attend")))
             yield _share(f"JAX, {name}", ~keep, rate)
             seen = mask[..., -2:, : L - 1]  # by both of the last queries
-            for axis in range(mask.ndim):
+            heads = (config.n_heads,) * is_attention
+            shape = (*mask.shape[:1], *heads, N, config.seq_len if heads else config.d_model)
+            yield _exact(
+                f"JAX, {name}: {mask.shape} is a mask of each element", mask.shape == shape
+            )
+            for axis in (axis for axis, size in enumerate(seen.shape) if size > 1):
                 first, second = (seen.take(i, axis) for i in range(2))
                 yield _exact(f"JAX, {name}: axis {axis} varies", (first != second).any())
             half, end = N // 2 * is_attention, L - N + N // 2  # attention draws twice
