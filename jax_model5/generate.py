@@ -30,7 +30,7 @@ from jax_model5.kernels import random_bits
 from jax_model5.model import Block, LayerNorm, Model5, Slots
 from jax_model5.startup import set_up_jax
 from jax_model5.step import SAMPLE, abstract_state
-from jax_model5.trees import blocks_of, layers_in_place, merge, split
+from jax_model5.trees import blocks_of, in_place, layers_in_place, merge, split
 
 AT_ONCE = 8  # tokens that one call of a compiled loop writes; they appear together
 
@@ -93,7 +93,8 @@ def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
     devices = getattr(params["wte"], "devices", set)()  # an array of NumPy has none
     if [device.platform for device in devices] == ["cpu"]:
         trunk = jax.tree.map(layers_in_place, params.get("trunk", {}))
-        return unstack({**params, "trunk": trunk}, config), config
+        params = {**jax.tree.map(in_place, params), "trunk": trunk}
+        return unstack(params, config), config
     return jax.jit(unstack, static_argnames="config")(params, config=config), config
 
 

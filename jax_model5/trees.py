@@ -69,8 +69,14 @@ def blocks_of(trunk: dict, last: dict) -> list[dict]:
     return [*cut, last]
 
 
+def in_place(leaf: jax.Array) -> jax.Array:
+    """Another handle on what is on one CPU: to donate the leaf does not delete it."""
+    (device,) = leaf.devices()
+    return jax.device_put(np.asarray(leaf), device, may_alias=True)
+
+
 def layers_in_place(leaf: jax.Array) -> list[jax.Array]:
-    """The layers of a stacked leaf that is on one CPU, without a copy where they are aligned."""
+    """The same of each layer of a stacked leaf; one that is not aligned is copied."""
     (device,) = leaf.devices()
     return [jax.device_put(layer, device, may_alias=True) for layer in np.asarray(leaf)]
 

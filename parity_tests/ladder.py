@@ -383,25 +383,28 @@ def _torch_loss(pair: Pair) -> torch.Tensor:
 
 
 def updates(config: TrainConfig) -> Comparisons:
-    """Five updates from shared random gradients: the distance moved, of every leaf."""
+    """Five updates from shared random gradients of a norm near 10: how far every leaf moved."""
     pair = Pair(config)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
     params, state, parameters = pair.params, pair.state().opt_state, pair.named_parameters()
+    windows, at_once = torch.from_numpy(pair.windows), dataclasses.replace(config, accumulate=1)
     for _ in range(config.steps):
         grads = pair.random_tree(mean=0.0, std=0.1)
-        for name, gradient in bridge.to_torch(grads, config.model).items():
-            parameters[name].grad = gradient
-        max_norm = config.optimizer.clip_norm or np.inf
-        torch.nn.utils.clip_grad_norm_(pair.torch_model.parameters(), max_norm)
-        theirs.step()
-        scheduler.step()
+        given = bridge.to_torch(grads, config.model)
+        pair.torch_model.zero_grad()
+        with mock.patch.object(torch_ref.step, "loss", _loss_of_gradients(parameters, given)):
+            torch_ref.step.train_step(pair.torch_model, theirs, scheduler, windows, at_once)
         params, state = update(grads, state, params, config=config)
     yield from _moved(pair, params)
     rate, later = config.optimizer.learning_rate, config.steps + 2  # the benchmark goes on
     expected = rate * torch_ref.step.schedule(config.optimizer, config.steps)(later)
     found = optimizer.schedule(config.optimizer, config.steps)(later)
     yield "learning rate after the end", found / rate, expected / rate
+
+
+def _loss_of_gradients(parameters: Any, given: Any) -> Callable[..., torch.Tensor]:
+    return lambda *_: sum((parameters[name] * gradient).sum() for name, gradient in given.items())
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -526,7 +529,7 @@ def modes(config: TrainConfig) -> Comparisons:
     kinds = set(map(type, expected.values()))
     yield "eval mode: PyTorch's figures are floats", kinds == {float}, True
     if config.model.dtype != "float64":
-        return  # what follows is about no number
+        return  # what follows does not depend on the dtype
     given: list[Any] = []
     of_step = functools.partial(step.train_step, config=config, loss=_heard(given))
     jax.eval_shape(of_step, pair.state(), pair.key, pair.windows)
@@ -636,7 +639,7 @@ def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
 def _is_softmax_rounded_once(pair: Pair) -> jax.Array:
     """Of 300 positions: beyond 256 bfloat16 takes one for the next."""
     q, k, v = (pair.normal(1, 1, 300, 4)[0].astype(jnp.bfloat16) for _ in range(3))
-    scores = q @ k.swapaxes(2, 3) / math.sqrt(4)
+    scores = kernels.product("bhnk,bhlk->bhnl", q, k) / math.sqrt(4)
     exact = jax.nn.softmax(jnp.where(jnp.tri(300) > 0, scores.astype(float), -jnp.inf))
     found: list[jax.Array] = []
     kernels.attend(q, k, v, lambda weights: found.append(weights) or weights)
@@ -944,13 +947,7 @@ OF_A_SHAPE = (
 def cases(dtype: str) -> Iterator[tuple[str, str, TrainConfig]]:
     """(rung, case, config) of the whole ladder: every objective, on the two outer shapes all."""
     for index, (name, fields) in enumerate(SHAPES.items()):
-        for rung in (
-            "1 weights",
-            "2 operations",
-            "2 layer norm, mean 300",
-            "3 logits",
-            "2 large scores",
-        ):
+        for rung in OF_A_SHAPE:
             yield rung, name, case(dtype, **fields)
         is_outer = index in (0, len(SHAPES) - 1)
         for objective in OBJECTIVES if is_outer else [OBJECTIVES[index % 3]]:

@@ -231,7 +231,9 @@ def _operations(config: TrainConfig) -> Iterator[Row]:
         both = _aligned(name, ours.outputs.get(name), theirs.outputs.get(name), is_gradient=False)
         row = _row(name, f"{name}, output", config, *both)
         if not row.passed and not differs:  # what follows has wrong inputs
-            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):  # else untold
+            with contextlib.suppress(
+                ValueError, TypeError, KeyError, IndexError
+            ):  # one that cannot be told is left out
                 row = dataclasses.replace(row, cause=_cause(pair, masks, ours, theirs, row))
             differs = True
         yield row

@@ -27,8 +27,7 @@ class JaxSide:
 
     def __init__(self, port: Port, dtype: str, wanted: frozenset[str]):
         self.port, self.dtype, self.wanted = port, dtype, wanted
-        self.leaves: dict[str, np.ndarray] = {}
-        self.seen: set[str] = set()
+        self.leaves, self.seen = dict[str, np.ndarray](), set[str]()
         self._programs: dict[tuple, Any] = {}
 
     def run(self, train: bool, seed: int = 0) -> Pass:

@@ -58,6 +58,10 @@ class Pair:
 
     def __init__(self, port: Port, dtype: str, exact: "Pair | None" = None):
         self.dtype, self.exact = dtype, exact or self
+        for rows, n in ((port.leaves, 2), (port.taps, 3), (port.masks, 2)):
+            for row in rows:
+                if not n <= len(row) <= n + (rows is not port.leaves):
+                    raise BadInput(f"{row}: a row of {n} fields; mend the table")
         self.torch = TorchSide(port, dtype)
         self.torches = list(dict.fromkeys([self.torch, self.exact.torch]))
         shapes = {path: np.shape(leaf) for path, leaf in flat(port.params).items()}
@@ -211,7 +215,7 @@ def _require_fired(side: str, what: str, calls: Iterable[tuple], found: Pass) ->
         if n <= call or n % layers  # or not as often in each layer
     ]
     if missing:
-        raise BadInput(f"{side}'s {what} that never fire: {'; '.join(missing)}; mend the table")
+        raise BadInput(f"{side}'s {what} that fire never, or unevenly: {'; '.join(missing)}")
 
 
 def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
@@ -220,8 +224,7 @@ def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
     torch.set_num_threads(1)  # of small models the threads only wait for each other
     try:
         for dtype in ("float64", "float32")[: 1 + float32]:
-            with stops("the tables", "read"):
-                pair = Pair(port, dtype, pair)
+            pair = Pair(port, dtype, pair)
             for landing in pair.climb(steps):
                 for _, found in itertools.groupby(landing, lambda found: found.rung):
                     report.rows += _rows(list(found), dtype)
@@ -234,11 +237,11 @@ def prove(port: Port, steps: int = 5, float32: bool = True) -> Report:
     return report
 
 
-def _rows(rung: list, dtype: str) -> list[Row]:
+def _rows(rung: list, dtype: str) -> Iterator[Row]:
     if isinstance(rung[0], Row):
-        return rung
+        yield from rung
+        return
     own = [[relative(side, found.sides[-1]) for side in found.sides[:2]] for found in rung]
-    rows = []
     for found, (a, b), law in zip(rung, own, own_rounding(np.array(own)), strict=True):
         ours, theirs = found.sides[:2]
         note = f"JAX rounds {a:.1e}, PyTorch {b:.1e}"
@@ -246,5 +249,4 @@ def _rows(rung: list, dtype: str) -> list[Row]:
             law, note = (relative(ours, theirs), FLOAT64_TOLERANCE), ""
         if ours.shape != theirs.shape:
             note = f"JAX {list(ours.shape)}, PyTorch {list(theirs.shape)}"
-        rows.append(Row(found.rung, dtype, found.place, *law, found.after, note))
-    return rows
+        yield Row(found.rung, dtype, found.place, *law, found.after, note)

@@ -74,8 +74,8 @@ class Port:
         first argument, "qkv:out2" its third result, "attn>softmax#1:in0" (PyTorch) the first
         argument of the second softmax inside the module attn.
       batch: given to both, as arrays.
-      masks: rows (PyTorch's module that drops, JAX's module or name of `portproof.mask`), and if
-        JAX draws several masks for one call there a function that joins the list.
+      masks: rows (PyTorch's module that drops, JAX's module or name of `portproof.mask`), one for
+        each of its calls in order; if JAX draws several for a call, a function that joins them.
       forward: (PyTorch's module, batch) -> logits.
       losses: JAX's and PyTorch's (logits, batch) -> loss.
       optimizers: optax's, and a function that makes the one of PyTorch's module.
@@ -101,8 +101,7 @@ class Pass:
     """
 
     def __init__(self, wanted: Iterable[str] = ()):
-        self.wanted, self.seen = frozenset(wanted), set[str]()
-        self.running = [""]
+        self.wanted, self.seen, self.running = frozenset(wanted), set[str](), [""]
         self.values: dict[str, list] = collections.defaultdict(list)
         self.gradients: dict[str, list] = collections.defaultdict(list)
         self.drawn: dict[str, list] = collections.defaultdict(list)

@@ -23,9 +23,8 @@ def relative(found: Any, expected: Any) -> float:
 def own_rounding(own: np.ndarray) -> list[tuple[float, float]]:
     """An (error, tolerance) for each place of a rung, from both sides' distances from float64.
 
-    In float64 the sides are equal, so in float32 they are apart by at most the sum of their own
-    errors. What is left to prove is that neither side rounds more than the other: at most FACTOR
-    times its largest error of the rung (at one place chance rules), or of FLOOR, a few last bits.
+    In float64 the sides are equal. To prove is that neither rounds more than the other: at most
+    FACTOR times its largest of the rung (at one place chance rules), or FLOOR, a few bits.
     """
     largest = np.where(np.isfinite(own), own, 0).max(axis=0)  # what is not finite allows nothing
     allowed = FACTOR * np.maximum(largest[::-1], FLOOR)

@@ -138,7 +138,8 @@ class TorchSide:
         with stops("PyTorch", "made"), Listener(self.wide).listening(torch.nn.Module()):
             self.model = copy.deepcopy(port.torch_model()).to(getattr(torch, dtype))
         self.parameters = dict(self.model.named_parameters())
-        self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        modules = self.model.modules()
+        self.buffers = [(module._buffers, copy.deepcopy(module._buffers)) for module in modules]
 
     def named(self) -> dict[str, np.ndarray]:
         """Its parameters by their names."""
@@ -150,9 +151,9 @@ class TorchSide:
                 parameter.copy_(to_torch(named[name]))
 
     def run(self, wanted: Iterable[str] = (), masks: Mapping = {}, train: bool = False) -> Pass:
-        """One pass forward and backward from the first buffers; without masks it draws its own."""
-        for buffer, first in self.buffers:
-            buffer.detach().copy_(first)
+        """One pass forward and backward; without masks it draws its own."""
+        for buffers, first in self.buffers:  # as they were at first
+            buffers.update(copy.deepcopy(first))
         self.model.train(train)
         self.model.zero_grad()
         listener = Listener(self.wide, wanted, masks)
