@@ -32,13 +32,13 @@ DTYPES = ("float64", "float32")
 # Beside each: the worst error measured on a CPU, which it exceeds at most fourfold.
 FLOAT32_TOLERANCES: dict[str, float] = {
     "2 operations": 6e-7,  # 2.1e-7
-    "2 layer norm, mean 300": 6e-5,  # 2.2e-5
-    "2 large scores": 3e-6,  # 8.6e-7
-    "3 logits": 3e-6,  # 1.0e-6
+    "2 layer norm, mean 300": 6e-5,  # 2.6e-5
+    "2 large scores": 3e-6,  # 1.0e-6
+    "3 logits": 3e-6,  # 1.5e-6
     "4 loss": 4e-7,  # 2.3e-7
     "4 losses by position": 4e-7,  # 1.0e-7
-    "5 gradients": 8e-6,  # 7.8e-6: 1.6e-14 in float64, both of the same cancellation
-    "6 updates": 9e-5,  # 2.4e-5
+    "5 gradients": 1.6e-5,  # 8.2e-6: 1.9e-14 in float64, both of the same cancellation
+    "6 updates": 9e-5,  # 3.3e-5
     "7 trajectory": 4e-4,  # 2.7e-4
     "7 trajectory, dropout": 8e-5,  # 3.8e-5
     "8 train/eval": 4e-7,  # 3.0e-7
