@@ -48,12 +48,12 @@ def rows(
 
 
 def _submitted(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> list[Future]:
-    """The process that this starts does not heed Ctrl-C: this one ends it."""
-    heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The process that this starts does not heed Ctrl-C: this one, a moment later, ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, not lost
     try:
         return [pool.submit(_stage, task) for task in tasks]
     finally:
-        signal.signal(signal.SIGINT, heeded)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _found(task: Task, other: Future | None) -> list[report.Row]:

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import os
 import signal
 import time
 from pathlib import Path
@@ -86,3 +87,12 @@ def test_killed_or_interrupted_it_leaves_no_process_behind(sent, code):
     _, err = process.communicate(timeout=60)  # the others hold these pipes until they end
     assert process.returncode == code
     assert sent == signal.SIGKILL or err.count("\n") == 1, err
+
+
+def test_a_ctrl_c_while_the_other_process_starts_is_not_lost():
+    class Pool:
+        def submit(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        shared._submitted(Pool(), [None])
