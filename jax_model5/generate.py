@@ -90,7 +90,7 @@ def prepared(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
     On one CPU nothing is copied. JAX copies a state that is donated meanwhile.
     """
     config = of_text(config)
-    devices = getattr(params["wte"], "devices", set)()  # an array of NumPy has none
+    devices = params["wte"].devices() if isinstance(params["wte"], jax.Array) else ()
     if [device.platform for device in devices] == ["cpu"]:
         trunk = jax.tree.map(layers_in_place, params.get("trunk", {}))
         params = {**jax.tree.map(in_place, params), "trunk": trunk}

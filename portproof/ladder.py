@@ -1,6 +1,5 @@
 """The ladder: leaves, taps forward, loss, taps backward, gradients, updates, dropout, the modes."""
 
-import functools
 import itertools
 import math
 import re
@@ -29,7 +28,7 @@ class Tap(NamedTuple):
     jax: str
     call: int
     layers: int
-    function: Callable = lambda array: array
+    function: Callable
 
 
 class Comparison(NamedTuple):
@@ -48,9 +47,9 @@ def spelled(rows: Sequence[tuple], modules: Sequence[str]) -> Iterator[Tap]:
         layers = numbers(re.split("[:>]", theirs)[0], modules)
         layers = [i for i in layers if theirs.replace("{i}", str(i)) not in literal]
         for call, i in enumerate(layers or ["{i}"]):
-            names = (t.replace("{i}", str(i)) for t in (name, theirs, ours))
-            stack = (0, 1) if "{i}" in ours else (call, len(layers) or 1)
-            yield Tap(*names, *stack, *function)
+            names = [t.replace("{i}", str(i)) for t in (name, theirs, ours)]
+            stack = [0, 1] if "{i}" in ours else [call, len(layers) or 1]
+            yield Tap._make([*names, *stack, *(function or [lambda array: array])])
 
 
 class Pair:
@@ -73,8 +72,9 @@ class Pair:
         self.masks = [*spelled(masks, modules)]
         self.jax = JaxSide(port, dtype, frozenset(tap.jax for tap in self.taps + self.masks))
         # Far from any init, so that biases and scales matter; float32 holds them.
-        draw = functools.partial(np.random.default_rng(0).normal, 0.1, 0.2)
-        self.load({p: draw(s).astype(np.float32).astype(dtype) for p, s in shapes.items()})
+        draw = np.random.default_rng(0).normal
+        drawn = {path: np.asarray(draw(0.1, 0.2, shape)) for path, shape in shapes.items()}
+        self.load({path: x.astype(np.float32).astype(dtype) for path, x in drawn.items()})
 
     def load(self, leaves: dict[str, np.ndarray]) -> None:
         self.jax.leaves = leaves

@@ -43,7 +43,7 @@ class Part(NamedTuple):
 class Table(NamedTuple):
     """Rows of PyTorch's and of JAX's parts, which are one tensor when joined on axis 0."""
 
-    rows: Sequence[tuple[list[Part], list[Part]]]
+    rows: Sequence[tuple[list[Part], ...]]
     shapes: tuple[Shapes, Shapes]
 
     def moved(self, leaves: Mapping[str, np.ndarray], new: int) -> dict[str, np.ndarray]:
