@@ -23,7 +23,7 @@ def parts() -> list[Callable[[], list[Figure]]]:
     """Of a block, by `remat`; of the loss, in chunks or not; of the norms. No array is made."""
     return [
         functools.partial(_with_jit, part)
-        for part in (_of_blocks, _of_devices, _of_a_mesh, _of_the_loss)
+        for part in (_of_the_loss, _of_blocks, _of_devices, _of_a_mesh)
     ]
 
 
