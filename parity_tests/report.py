@@ -66,10 +66,7 @@ def default_config(dtype: str) -> TrainConfig:
 
 
 def other_config(config: TrainConfig) -> TrainConfig:
-    """What the default has not: a scanned trunk of 7, tanh, an untied head, a leaf frozen.
-
-    And gradients of a norm above 1 that nothing clips.
-    """
+    """The rest: a scanned trunk of 7, tanh, an untied head, a frozen leaf, no clipping."""
     frozen = dataclasses.replace(config.optimizer, freeze=("wpe",), clip_norm=0.0)
     other = dataclasses.replace(
         config, objective="all_tokens", batch_size=3, accumulate=1, steps=2, optimizer=frozen
@@ -231,9 +228,8 @@ def _operations(config: TrainConfig) -> Iterator[Row]:
         both = _aligned(name, ours.outputs.get(name), theirs.outputs.get(name), is_gradient=False)
         row = _row(name, f"{name}, output", config, *both)
         if not row.passed and not differs:  # what follows has wrong inputs
-            with contextlib.suppress(
-                ValueError, TypeError, KeyError, IndexError
-            ):  # one that cannot be told is left out
+            # A cause that cannot be told is left out.
+            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
                 row = dataclasses.replace(row, cause=_cause(pair, masks, ours, theirs, row))
             differs = True
         yield row

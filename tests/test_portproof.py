@@ -515,6 +515,15 @@ def test_leaves_go_there_and_back():
         np.testing.assert_array_equal(back[path], leaf)
 
 
+def test_a_stack_begins_with_the_first_layer_that_no_other_row_names():
+    rows = [("b.0.w", "first"), ("b.{i}.w", "rest")]
+    table = leaves.table(
+        rows, {f"b.{i}.w": (3,) for i in range(3)}, {"first": (3,), "rest": (2, 3)}
+    )
+    drawn = {"first": np.zeros(3), "rest": np.arange(6.0).reshape(2, 3)}
+    np.testing.assert_array_equal(table.moved(drawn, 0)["b.2.w"], drawn["rest"][1])
+
+
 def test_layers_in_each_others_place_are_seen():
     class Reversed(Tiny):
         def forward(self, tokens_BxL):
