@@ -639,7 +639,10 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-EXAMPLES = ["model1", *(pytest.param(name, marks=slow) for name in ("llama", "gpt2", "model5"))]
+EXAMPLES = [
+    "model1",
+    *(pytest.param(name, marks=slow) for name in ("llama", "encoder", "gpt2", "model5")),
+]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -663,6 +666,9 @@ FOUND = {
     ("llama", "pairs"): "layer 0: rotated q",
     ("llama", "groups"): "layer 0: weights",
     ("llama", "gelu"): "layer 0: SwiGLU",
+    ("encoder", "epsilon"): "layer 0: norm 1",
+    ("encoder", "padding"): "layer 0: attention",
+    ("encoder", "rate"): "layer 0: attention",
     ("gpt2", "epsilon"): "block 0: ln_1",
     ("gpt2", "heads"): "block 0: attention",
     ("gpt2", "no gradient"): "block 2: attention, backward",
