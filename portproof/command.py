@@ -12,9 +12,7 @@ from portproof.page import page
 from portproof.port import BadInput, Port
 
 
-class Parser(argparse.ArgumentParser):
-    """One whose errors are one line, as all bad input is."""
-
+class Parser(argparse.ArgumentParser):  # its errors are one line, as all bad input is
     def error(self, message: str) -> NoReturn:
         raise BadInput(message)
 

@@ -17,8 +17,7 @@ from portproof.leaves import flat, unflat
 from portproof.port import BadInput, Pass, Port, as_arrays, require_logits, stops
 
 HERE = str(Path(__file__).parent)
-# Half the time to compile: the same program with less of LLVM's polish.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # half the time: less of LLVM's polish
 NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -76,7 +75,7 @@ class JaxSide:
         return self._tree(self.leaves), jnp.zeros((), self.dtype), batch, jax.random.key(seed)
 
     def _loss(self, params: Any, zero: Any, batch: Any, key: Any, deterministic: bool) -> Any:
-        taps.differentiate(zero)
+        taps.zero = zero
         logits = self.port.jax_model(params, batch, key, deterministic)
         require_logits("JAX", logits, self.dtype)
         return self.port.losses[0](taps.tap("(logits)", logits), batch)

@@ -16,7 +16,7 @@ from portproof.report import FLOAT64_TOLERANCE, Report, Row, own_rounding, relat
 from portproof.torch_side import TorchSide
 
 PLAIN = ("2 taps forward", "3 loss", "4 taps backward", "5 gradients")
-DROPOUT = tuple(f"7 dropout, {part}" for part in ("forward", "loss", "backward", "gradients"))
+TRAIN = tuple(f"7 train mode, {part}" for part in ("forward", "loss", "backward", "gradients"))
 DEVIATIONS = 5.0  # that a share of dropped elements may be from the rate
 
 
@@ -56,7 +56,7 @@ class Pair:
     """Both sides in one dtype on the same weights; `exact` is the pair in float64."""
 
     def __init__(self, port: Port, dtype: str, exact: "Pair | None" = None):
-        self.dtype, self.exact = dtype, exact or self
+        self.dtype, self.exact, self.noise = dtype, exact or self, dict[bool, dict]()
         for rows, n in ((port.leaves, 2), (port.taps, 3), (port.masks, 2)):
             for row in rows:
                 if not n <= len(row) <= n + (rows is not port.leaves):
@@ -71,9 +71,9 @@ class Pair:
         masks = [("", site, f"{ours}:mask", *join) for site, ours, *join in port.masks]
         self.masks = [*spelled(masks, modules)]
         self.jax = JaxSide(port, dtype, frozenset(tap.jax for tap in self.taps + self.masks))
-        # Far from any init, so that biases and scales matter; float32 holds them.
+        # Far from any init, so that every leaf matters, and around 0, where a ReLU does.
         draw = np.random.default_rng(0).normal
-        drawn = {path: np.asarray(draw(0.1, 0.2, shape)) for path, shape in shapes.items()}
+        drawn = {path: np.asarray(draw(0.0, 0.2, shape)) for path, shape in shapes.items()}
         self.load({path: x.astype(np.float32).astype(dtype) for path, x in drawn.items()})
 
     def load(self, leaves: dict[str, np.ndarray]) -> None:
@@ -95,39 +95,47 @@ class Pair:
         yield [*self.updates(steps)]
         drawn, ours = self.torch.run(train=True).drawn, self.jax.run(train=True)
         masks = self.jax_masks(ours, drawn)
-        if self.draws(True, masks)["PyTorch"]:
+        varies = self.draws(True, masks)
+        if varies["PyTorch"]:
             raise BadInput("PyTorch draws in train mode by other than F.dropout; drop by that")
-        if masks:
-            yield [*self.operations(DROPOUT, ours, masks)]
+        if masks or not varies["JAX"]:  # without dropout train mode may be another, too
+            yield [*self.operations(TRAIN, ours, masks)]
         yield [*self.shares(masks, drawn), *self.modes(bool(drawn))]
 
     def operations(self, rungs: Sequence, ours: Pass, masks: Mapping = {}) -> Iterator[Comparison]:
         """Outputs as the forward pass reaches them, then gradients as the backward pass does."""
-        places = [tap.torch for tap in self.taps]
+        places, train = [tap.torch for tap in self.taps], rungs is TRAIN
         # JAX draws other masks in float64, so PyTorch is run there once more on these.
-        passes = [ours, *(side.run(places, masks, train=bool(masks)) for side in self.torches)]
+        passes = [ours, *(side.run(places, masks, train) for side in self.torches)]
         _require_fired("JAX", "taps", [tap[2:5] for tap in self.taps], ours)
         _require_fired("PyTorch", "taps", [(p, 0, 1) for p in places], passes[1])
 
+        if not np.isfinite([found.loss for found in passes]).any():
+            raise BadInput(
+                "no loss is finite with weights of N(0, 0.2); use exp of what must be > 0"
+            )
+
         def at(tap: Tap, kind: str) -> list[np.ndarray]:
+            """All calls that both sides make of this layer."""
             mine, *theirs = (getattr(found, kind) for found in passes)
             with stops("the table", tap.name):
-                call = tap.call * (len(mine[tap.jax]) // tap.layers)
-                return [mine[tap.jax][call], *(tap.function(t[tap.torch][0]) for t in theirs)]
+                laid_out = ([*map(tap.function, found[tap.torch])] for found in theirs)
+                calls = [_of_layer(mine[tap.jax], tap), *laid_out]
+                n = min(map(len, calls))
+                return [np.stack(each[:n]) if n > 1 else each[0] for each in calls]
 
         reached = list(passes[1].values)
         taps = sorted(self.taps, key=lambda tap: reached.index(tap.torch))
-        names = [tap.name for tap in taps]
-        for before, tap in zip(["", *names], taps, strict=False):
+        for before, tap in zip(["", *(tap.name for tap in taps)], taps, strict=False):
             yield Comparison(rungs[0], tap.name, at(tap, "values"), before)
-        yield Comparison(rungs[1], "loss", [found.loss for found in passes], names[-1])
-        for before, tap in zip(["loss", *reversed(names)], reversed(taps), strict=False):
-            yield Comparison(rungs[2], tap.name, at(tap, "gradients"), before)
+        yield Comparison(rungs[1], "loss", [found.loss for found in passes], taps[-1].name)
+        for tap in reversed(taps):
+            yield Comparison(rungs[2], tap.name, at(tap, "gradients"), f"what uses {tap.name}")
         leaves = self.by_path(ours.leaves, [found.leaves for found in passes[1:]])
-        if self.exact is self and not masks:
-            self.noise = _noise(leaves)
+        if self.exact is self:
+            self.noise[train] = _noise(leaves)
         for path, sides in leaves.items():
-            yield Comparison(rungs[3], path, [*np.where(self.exact.noise[path], 0, sides)])
+            yield Comparison(rungs[3], path, [*np.where(self.exact.noise[train][path], 0, sides)])
 
     def by_path(self, ours: Mapping, theirs: Iterable[Mapping]) -> dict[str, list[np.ndarray]]:
         """What every side has for each leaf of JAX, laid out as JAX's."""
@@ -139,36 +147,40 @@ class Pair:
         _require_fired("JAX", "masks", [tap[2:5] for tap in self.masks], ours)
         masks: dict[str, list[np.ndarray]] = {}
         for mask in self.masks:
-            calls = ours.values[mask.jax]
-            n = len(calls) // mask.layers
             with stops("the table", f"masks of {mask.torch}"):
-                own = mask.function(calls[mask.call * n : (mask.call + 1) * n])
+                own = mask.function(_of_layer(ours.values[mask.jax], mask))
                 masks.setdefault(mask.torch, []).extend(own if isinstance(own, list) else [own])
         if set(masks) != set(drawn):
             sites, named = (", ".join(sorted(sites)) or "no place" for sites in (drawn, masks))
-            raise BadInput(
-                f"PyTorch drops at {sites}, and the table of masks names {named}; mend the table "
-                "or a rate"
-            )
+            raise BadInput(f"PyTorch drops at {sites}, masks are of {named}; mend table or rate")
         return masks
 
     def shares(self, masks: Mapping[str, list], drawn: Mapping) -> Iterator[Row]:
-        """Each side drops as often as the rate says, PyTorch by its own draw."""
+        """Each side drops as often as the rate says, PyTorch by its own draw; no two alike."""
         calls = [(s, *call) for s in drawn for call in zip(masks[s], drawn[s], strict=False)]
         for site, ours, (theirs, rate) in calls:
             for side, kept in (("JAX", ours), ("PyTorch", theirs)):
                 n, dropped = kept.size, int((kept == 0).sum())
-                error = abs(dropped - rate * n) / math.sqrt(rate * (1 - rate) * n)
+                error = abs(dropped - rate * n) / math.sqrt(rate * (1 - rate) * n or 1)
                 note = f"{dropped} of {n} at rate {rate:g}, in deviations"
                 place = f"{side} at {site}"
                 yield Row("7 dropout, shares", self.dtype, place, error, DEVIATIONS, note=note)
+        again = self.jax_masks(self.jax.run(train=True, seed=1), drawn) if masks else {}
+        every = [(s, m) for found in (masks, again) for s in found for m in found[s]]
+        many = [(site, mask) for site, mask in every if (mask == 0).sum() > 20]  # no chance
+        axes = [(s, m, d) for s, m in many for d, size in enumerate(m.shape) if size > 1]
+        slices = [((s, m), (f"along axis {d}", 0 * m + m.take([0], d))) for s, m, d in axes]
+        for (site, a), (other, b) in [*itertools.combinations(many, 2), *slices]:
+            if np.array_equal(a, b):
+                place, why = f"JAX at {site}", f"the same mask as {other}"
+                yield Row("7 dropout, shares", self.dtype, place, np.inf, 0.0, note=why)
 
     def modes(self, drops: bool) -> Iterator[Row]:
         """Train mode varies where PyTorch drops."""
         for side, varies in self.draws(train=True).items():
-            place = f"{side} in train mode {'varies' if varies else 'does not vary'}"
+            place, error = f"{side} in train mode {'varies' if varies else 'does not vary'}", 0.0
             yield Row(
-                "8 train and eval", self.dtype, place, 0.0 if varies == drops else np.inf, 0.0
+                "8 train and eval", self.dtype, place, error if varies == drops else np.inf, 0.0
             )
 
     def draws(self, train: bool, masks: Mapping = {}) -> dict[str, bool]:
@@ -179,10 +191,7 @@ class Pair:
         return {side: not np.array_equal(a, b, equal_nan=True) for side, (a, b) in both.items()}
 
     def updates(self, steps: int) -> Iterator[Comparison]:
-        """The distance that each leaf moved, after one update and after all of them.
-
-        Elements whose gradient is rounding are left out: Adam divides it by its epsilon.
-        """
+        """How far each leaf moved; not where the gradient is rounding, which Adam would enlarge."""
         start, step = self.jax.leaves, self.jax.updates()
         torch_steps = [side.updates() for side in self.torches]
         for k in range(steps + 1):
@@ -190,7 +199,7 @@ class Pair:
             leaves = self.by_path(self.jax.leaves, [side.named() for side in self.torches])
             for path, sides in leaves.items() if k in (1, steps) else ():
                 moved = np.array(sides, np.float64) - start[path]
-                moved = np.where(self.exact.noise[path], 0, moved)
+                moved = np.where(self.exact.noise[False][path], 0, moved)
                 yield Comparison("6 updates", f"{path}, moved by {k}", [*moved])
             yield Comparison("6 updates", f"loss of state {k}", [found.loss for found in passes])
             if k < steps:
@@ -198,6 +207,12 @@ class Pair:
                 for torch_step in torch_steps:
                     torch_step()
         self.load(start)
+
+
+def _of_layer(calls: list, tap: Tap) -> list:
+    """Those of a layer; where each layer has several they are made one layer after the other."""
+    n = len(calls) // tap.layers
+    return calls[tap.call * n : (tap.call + 1) * n]
 
 
 def _noise(gradients: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
@@ -208,12 +223,12 @@ def _noise(gradients: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _require_fired(side: str, what: str, calls: Iterable[tuple], found: Pass) -> None:
-    missing = [
-        nearest(f"{name}, call {call}" if call else name, found.seen)
+    missing = dict.fromkeys(
+        f"{name}, {n} calls for {layers} layers" if n else nearest(name, found.seen)
         for name, call, layers in calls
         for n in [len(found.values.get(name, ()))]
         if n <= call or n % layers  # or not as often in each layer
-    ]
+    )
     if missing:
         raise BadInput(f"{side}'s {what} that fire never, or unevenly: {'; '.join(missing)}")
 

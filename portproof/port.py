@@ -129,9 +129,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def as_arrays(batch: Any, dtype: str, make: Callable) -> Any:
     """The batch for one side: its floats in this dtype."""
-    arrays = jax.tree.map(np.asarray, batch)
+    arrays = jax.tree.map(np.array, batch)
+    if odd := [a.dtype for a in jax.tree.leaves(arrays) if a.dtype.kind not in "biufc"]:
+        raise BadInput(f"the batch holds {odd[0]}; give a dictionary of arrays of numbers")
     return jax.tree.map(lambda a: make(a.astype(dtype) if a.dtype.kind == "f" else a), arrays)
-
-
-def to_torch(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.array(array))

@@ -16,8 +16,7 @@ def relative(found: Any, expected: Any) -> float:
         return np.inf
     both = (found == expected) & (np.abs(expected) > 1e29)  # a mask's -inf, or as good as that
     found, expected = np.where(both, 0, found), np.where(both, 0, expected)
-    norm = np.linalg.norm(expected)
-    return float(np.linalg.norm(found - expected) / (norm if norm else 1.0))
+    return float(np.linalg.norm(found - expected) / (np.linalg.norm(expected) or 1.0))
 
 
 def own_rounding(own: np.ndarray) -> list[tuple[float, float]]:
@@ -54,12 +53,13 @@ class Row:
         return float(np.nan_to_num(self.error / (self.tolerance or 1.0), nan=np.inf))
 
     def __str__(self) -> str:
-        equal = f"; equal up to {self.after}" if self.after else ""
-        of = f": the gradient of {self.place}" if self.culprit != self.place else ""
+        where = f"; equal up to {self.after}" if self.after else ""
+        if self.culprit != self.place:
+            where = f": the gradient of {self.place}"
         note = f" ({self.note})" if self.note else ""
         return (
-            f"{self.culprit}{of} [{self.rung}, {self.dtype}]: error {self.error:.1e}, tolerance "
-            f"{self.tolerance:.1e}{note}{equal}"
+            f"{self.culprit} [{self.rung}, {self.dtype}]: error {self.error:.1e}, tolerance "
+            f"{self.tolerance:.1e}{note}{where}"
         )
 
     @property
@@ -112,8 +112,7 @@ class Report:
         """What differs after the first, in one line; none where nothing does."""
         rows = [row for row in self.rows if not row.passed and row is not self.first]
         places = list(dict.fromkeys(row.place for row in rows))
-        more = [f"... and {len(places) - 4} places"] if len(places) > 4 else []
-        named = ", ".join(places[:4] + more)
+        named = ", ".join(places[:4] + [f"... and {len(places) - 4} places"] * (len(places) > 4))
         return [f"what follows: {len(rows)} more, {named}"] if rows else []
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:

@@ -18,27 +18,20 @@ from flax import nnx
 from portproof.port import Pass
 
 _found: Pass | None = None
-_zero: Any = 0.0
-
-
-def differentiate(zero: Any) -> None:
-    """All taps from here on are functions of this scalar, of which none uses the value."""
-    global _zero
-    _zero = zero
+zero: Any = 0.0  # all taps are functions of it, and none uses the value
 
 
 @contextlib.contextmanager
 def recording(found: Pass) -> Iterator[None]:
     """Taps write to it, and Linen's modules are tapped; what runs is done when it ends."""
-    global _found
+    global _found, zero
     _found = found
     try:
         with flax.linen.intercept_methods(_linen):
             yield
             jax.effects_barrier()
     finally:
-        _found = None
-        differentiate(0.0)
+        _found, zero = None, 0.0
 
 
 def tap(name: str, x: Any) -> Any:
@@ -49,7 +42,7 @@ def tap(name: str, x: Any) -> Any:
     if name not in _found.wanted:
         return x
     if jnp.issubdtype(x.dtype, jnp.floating):
-        return _tapped(name, x, _zero)
+        return _tapped(name, x, zero)
     _hand_over("values", name, x)
     return x
 

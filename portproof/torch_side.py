@@ -1,7 +1,4 @@
-"""The PyTorch side: hooks at modules, and a mode that sees functions, drops by given masks, widens.
-
-Where a model asks for float32 by name (many compute a norm or a softmax so), it widens in float64.
-"""
+"""The PyTorch side: hooks at modules; a mode sees functions, drops by masks, makes float32 wide."""
 
 import contextlib
 import copy
@@ -16,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from portproof.port import BadInput, Pass, Port, as_arrays, require_logits, stops, to_torch
+from portproof.port import BadInput, Pass, Port, as_arrays, require_logits, stops
 
 DROPOUT, ATTENTION = F.dropout, F.scaled_dot_product_attention
 
@@ -126,7 +123,7 @@ class Listener(TorchFunctionMode):
             ours = "no more masks" if keep is None else f"a mask of {list(keep.shape)}"
             there = f"PyTorch drops of {list(x.shape)} at {path}, where JAX has {ours}"
             raise BadInput(f"{there}; drop at the same places, or join JAX's by the row of masks")
-        return to_torch(keep != 0).to(x.dtype)
+        return torch.tensor(keep != 0).to(x.dtype)
 
 
 class TorchSide:
@@ -134,12 +131,14 @@ class TorchSide:
 
     def __init__(self, port: Port, dtype: str):
         self.port, self.dtype, self.wide = port, dtype, dtype == "float64"
-        self.batch = as_arrays(port.batch, dtype, to_torch)
+        self.batch = as_arrays(port.batch, dtype, torch.tensor)
         with stops("PyTorch", "made"), Listener(self.wide).listening(torch.nn.Module()):
-            self.model = copy.deepcopy(port.torch_model()).to(getattr(torch, dtype))
+            made = copy.deepcopy(port.torch_model())
+        self.model = made.double() if self.wide else made.float()
         self.parameters = dict(self.model.named_parameters())
-        modules = self.model.modules()
-        self.buffers = [(module._buffers, copy.deepcopy(module._buffers)) for module in modules]
+        if odd := [name for name, p in self.parameters.items() if not p.is_floating_point()]:
+            raise BadInput(f"PyTorch's {odd[0]} is not real; make real parameters of its parts")
+        self.buffers = [(m._buffers, copy.deepcopy(m._buffers)) for m in self.model.modules()]
 
     def named(self) -> dict[str, np.ndarray]:
         """Its parameters by their names."""
@@ -148,22 +147,22 @@ class TorchSide:
     def load(self, named: Mapping[str, np.ndarray]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(to_torch(named[name]))
+                parameter.copy_(torch.tensor(named[name]))
 
     def run(self, wanted: Iterable[str] = (), masks: Mapping = {}, train: bool = False) -> Pass:
         """One pass forward and backward; without masks it draws its own."""
         for buffers, first in self.buffers:  # as they were at first
             buffers.update(copy.deepcopy(first))
-        self.model.train(train)
-        self.model.zero_grad()
+        self.model.train(train).zero_grad()
+        batch = copy.deepcopy(self.batch)  # a model may work in it
         listener = Listener(self.wide, wanted, masks)
         found = listener.found
         with listener.listening(self.model):
             with stops("PyTorch", "forward", found.running):
-                logits = listener.tap("(logits)", self.port.forward(self.model, self.batch))
+                logits = listener.tap("(logits)", self.port.forward(self.model, batch))
                 require_logits("PyTorch", logits, self.dtype)
             with stops("PyTorch", "loss"):
-                loss = self.port.losses[1](logits, self.batch)
+                loss = self.port.losses[1](logits, batch)
         with stops("PyTorch", "backward"):
             loss.backward()
         found.loss = loss.numpy(force=True)
