@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +22,7 @@ import torch_ref.loss
 import torch_ref.model
 import torch_ref.step
 from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, programs, step
-from jax_model5.config import TEST_METRICS, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jax_model5.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jax_model5.trees import table
 from parity_tests import bridge, chance, memory
 from portproof.port import BadInput
@@ -240,27 +243,36 @@ def large_mean(config: TrainConfig) -> Comparisons:
     """Layer norm far from 0, where a one-pass variance E[x^2] - E[x]^2 loses its digits."""
     pair, c = Pair(config), config.model
     x, torch_x = pair.normal(config.batch_size, c.seq_len, c.d_model, mean=300.0)
-    ours = model.LayerNorm(c).apply({"params": pair.params["ln_f"]}, x)
-    yield "ln_f", ours, pair.torch_model.ln_f(torch_x).detach()
+    g, torch_g = pair.normal(*x.shape)
+    of_x = functools.partial(model.LayerNorm(c).apply, {"params": pair.params["ln_f"]})
+    ours, ours_of = jax.vjp(of_x, x)
+    theirs = pair.torch_model.ln_f(torch_x.requires_grad_())
+    theirs.backward(torch_g)
+    yield "ln_f", ours, theirs.detach()
+    yield "ln_f, backward", ours_of(g)[0], torch_x.grad
 
 
 def large_scores(config: TrainConfig) -> Comparisons:
-    """Scores and logits whose exponential is no float32: their largest is to be taken off first.
+    """Scores and logits whose exponential is no number: their largest is to be taken off first.
 
     The logits are those of GPT-2's whole vocabulary, its last token among the targets.
     """
     pair, c = Pair(config), config.model
+    size = 1000 if c.dtype == "float64" else 100
     (q, torch_q), (k, torch_k), (v, torch_v) = (
         pair.normal(1, c.n_heads, c.seq_len, c.d_model // c.n_heads) for _ in range(3)
     )
-    expected = pair.torch_model.blocks[0].attn.attend(100 * torch_q, torch_k, torch_v)
-    yield "attention", kernels.attend(100 * q, k, v, lambda weights: weights), expected
-    z, torch_z = pair.normal(1, 3, 50_257, mean=300.0)
+    expected = pair.torch_model.blocks[0].attn.attend(size * torch_q, torch_k, torch_v)
+    yield "attention", kernels.attend(size * q, k, v, lambda weights: weights), expected
+    z, torch_z = pair.normal(1, 3, 50_257, mean=3.0 * size)
     targets = np.array([[0, 50_256, 7]])
     of_each = [
         torch_ref.loss.loss(torch_z[:, :n], torch.from_numpy(targets[:, :n]), 1) for n in (1, 2, 3)
     ]
     yield "losses", losses.nll(z, jnp.asarray(targets)), np.array([of_each])
+    of_mean = jax.grad(lambda z: losses.nll(z, jnp.asarray(targets)).mean())
+    torch_ref.loss.loss(torch_z.requires_grad_(), torch.from_numpy(targets), 3).backward()
+    yield "losses, backward", of_mean(z), torch_z.grad
 
 
 def logits(config: TrainConfig) -> Comparisons:
@@ -273,7 +285,8 @@ def logits(config: TrainConfig) -> Comparisons:
         yield name, ours, expected[:, -n:]
     n = config.model.seq_len - 2
     short = _logits(pair.params, tokens[:, :n], config=config, n_last=n)
-    yield "logits, of fewer tokens", short, expected[:, :n]
+    expected_short = pair.torch_model(torch.from_numpy(tokens[:, :n])).detach()
+    yield "logits, of fewer tokens", short, expected_short
     pad_B = np.arange(len(tokens)) % 2  # prompts of two lengths
     padded = np.array([np.roll(row, pad) for row, pad in zip(tokens, pad_B, strict=True)])
     for name in ("wte", "head"):
@@ -284,6 +297,10 @@ def logits(config: TrainConfig) -> Comparisons:
     first_Bx1 = (config.model.seq_len // 2 - 1 - pad_B)[:, None]
     rows_Bx1, position_BxP = np.indices(first_Bx1.shape)[0], first_Bx1 + np.arange(ours.shape[1])
     yield "logits, from the KV cache", ours, expected[rows_Bx1, position_BxP]
+    x, table_VxD = pair.normal(2, 3, config.model.d_model)[0], pair.params["wte"]
+    with mock.patch.object(kernels.sharding, "is_gpu", return_value=True):
+        of_padded = kernels.matmul_transposed(x, table_VxD)
+    yield "logits, of a table that is padded for a GPU", of_padded, x @ table_VxD.T
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
@@ -397,10 +414,17 @@ def updates(config: TrainConfig) -> Comparisons:
             torch_ref.step.train_step(pair.torch_model, theirs, scheduler, windows, at_once)
         params, state = update(grads, state, params, config=config)
     yield from _moved(pair, params)
-    rate, later = config.optimizer.learning_rate, config.steps + 2  # the benchmark goes on
-    expected = rate * torch_ref.step.schedule(config.optimizer, config.steps)(later)
-    found = optimizer.schedule(config.optimizer, config.steps)(later)
-    yield "learning rate after the end", found / rate, expected / rate
+
+
+def schedules(config: TrainConfig) -> Comparisons:
+    """Each kind after each warm-up, at every step and beyond the last: the benchmark goes on."""
+    rate, counts = config.optimizer.learning_rate, np.arange(config.steps + 3)
+    kinds = typing.get_args(typing.get_type_hints(OptimizerConfig)["schedule"])
+    for kind, warmup in itertools.product(kinds, (0, 1, 2, config.steps)):
+        update = dataclasses.replace(config.optimizer, schedule=kind, warmup_steps=warmup)
+        ours = optimizer.schedule(update, config.steps)(counts) / rate
+        theirs = [torch_ref.step.schedule(update, config.steps)(int(n)) for n in counts]
+        yield f"{kind} after {warmup}", np.broadcast_to(ours, counts.shape), theirs
 
 
 def _loss_of_gradients(parameters: Any, given: Any) -> Callable[..., torch.Tensor]:
@@ -460,8 +484,8 @@ class Trained:
 def train_both(pair: Pair) -> Iterator[tuple[Trained, Trained]]:
     """Steps of both loops on the same batches, and on the same masks where dropout is on."""
     config = pair.config
-    for name in config.optimizer.freeze:
-        pair.torch_model.get_submodule(name).weight.requires_grad_(False)
+    for name in _frozen(config):
+        pair.torch_model.get_parameter(name).requires_grad_(False)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
     state = pair.state()
@@ -474,6 +498,13 @@ def train_both(pair: Pair) -> Iterator[tuple[Trained, Trained]]:
             )
         expected["param_norm"] = torch_ref.step.param_norm(pair.torch_model)
         yield Trained(ours, state.params), Trained(expected, pair.torch_params())
+
+
+def _frozen(config: TrainConfig) -> set[str]:
+    """PyTorch's names of the leaves whose path is among the patterns."""
+    places = table(config.model, "torch_ref")
+    patterns = config.optimizer.freeze
+    return {one.name for one in places if any(fnmatch.fnmatch(one.path, p) for p in patterns)}
 
 
 @contextlib.contextmanager
@@ -524,8 +555,10 @@ def modes(config: TrainConfig) -> Comparisons:
     ours = _eval_step(pair.params, pair.windows, config=config)
     pair.torch_model.train()
     expected = torch_ref.step.eval_step(pair.torch_model, windows, config)
-    for name in TEST_METRICS:
-        yield f"eval mode: {name}", ours[name], expected[name]
+    logits_BxLxV, targets_BxL = pair.torch_model(windows[:, :-1]).detach(), windows[:, 1:]
+    for name, n in (("final_token_nll", 1), ("all_token_nll", config.model.seq_len)):
+        of_last = torch_ref.loss.loss(logits_BxLxV, targets_BxL, n)
+        yield f"eval mode: {name}", [ours[name], expected[name]], [of_last] * 2
     kinds = set(map(type, expected.values()))
     yield "eval mode: PyTorch's figures are floats", kinds == {float}, True
     if config.model.dtype != "float64":
@@ -601,16 +634,11 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         wide_or_not = "float32" if is_cpu and is_wide else "bfloat16"
         what = f"sums of a product in {wide_or_not} (CPU {is_cpu}, float32 fast {is_wide})"
         yield what, _sums_in(is_cpu, is_wide) == wide_or_not, True
-    low, g = x.astype(jnp.bfloat16), q.reshape(x.shape)
-    of_norm = jax.vjp(lambda *s: layer_norm.layer_norm(low, *s, norm[2]), *norm[:2])[1](g)
-    exact_of = jax.vjp(lambda *s: layer_norm.layer_norm(low.astype(float), *s, norm[2]), *norm[:2])
-    for name, ours, exact in zip(
-        ("scale", "bias"), of_norm, exact_of[1](g.astype(float)), strict=True
-    ):
-        yield f"gradient of layer norm's {name} in float32", relative(ours, exact) < 1e-5, True
+    yield from _layer_norm_in_bfloat16(pair, x, q.reshape(x.shape))
     yield "softmax in bfloat16", _is_softmax_rounded_once(pair), True
     for what, is_right in _logits_in_bfloat16(x, pair.params["wte"]):
         yield what, is_right, True
+    yield from _embedding_in_bfloat16(config)
     yield "gradients of micro-batches add up in float32", *_accumulated(config)
     yield "gradients reach the optimizer in float32", *_first_moment(config)
     for dtype in ("float32", "bfloat16"):
@@ -626,6 +654,23 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
             casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         is_cast = casts == (True, torch.bfloat16)
         yield f"PyTorch under {dtype} casts to bfloat16", is_cast, dtype == "bfloat16"
+
+
+def _layer_norm_in_bfloat16(pair: Pair, x: jax.Array, g: jax.Array) -> Comparisons:
+    """Its scale and bias are float32, as are their gradients."""
+    low, params = x.astype(jnp.bfloat16), pair.params["ln_f"]
+    leaves = [params[name].astype(jnp.float32) for name in ("scale", "bias")]
+    of_module = model.LayerNorm(dataclasses.replace(pair.config.model, dtype="bfloat16"))
+
+    def of_wide(*leaves: jax.Array) -> jax.Array:
+        return layer_norm.layer_norm(low.astype(float), *leaves, model.LAYER_NORM_EPSILON)
+
+    found = of_module.apply({"params": params}, low)
+    yield "layer norm of float32's scale", _is_rounded_once(found, of_wide(*leaves)), True
+    of_low = jax.vjp(lambda *s: layer_norm.layer_norm(low, *s, model.LAYER_NORM_EPSILON), *leaves)
+    ours, exact = of_low[1](g), jax.vjp(of_wide, *leaves)[1](g.astype(float))
+    for name, one, right in zip(("scale", "bias"), ours, exact, strict=True):
+        yield f"gradient of layer norm's {name} in float32", relative(one, right) < 1e-5, True
 
 
 def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
@@ -659,6 +704,38 @@ def _logits_in_bfloat16(x_BxLxD: jax.Array, table_VxD: jax.Array) -> Iterator[tu
         yield f"{what} in float32", is_float32
     is_low = of_x.dtype == jnp.bfloat16
     yield "gradient of logits in bfloat16", is_low and bool(_is_rounded_once(of_x, exacts[0]))
+
+
+def _embedding_in_bfloat16(config: TrainConfig) -> Comparisons:
+    """Both tables' rows added in float32, and the gradients of one row's 64 times all positions."""
+    pair = Pair(_with_model(config, dtype="float32", n_layers=1))
+    bfloat16 = model.Model5(dataclasses.replace(pair.config.model, dtype="bfloat16"))
+    tokens, heard = jnp.full((64, config.model.seq_len), 7), []
+
+    def hear(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        heard.extend(args if context.module.path == ("drop",) else ())
+        return next_fun(*args, **kwargs)
+
+    def of_tables(wte: jax.Array, wpe: jax.Array) -> tuple[jax.Array, str]:
+        params = {"params": pair.params | {"wte": wte, "wpe": wpe}}
+        with flax.linen.intercept_methods(hear):
+            logits = bfloat16.apply(params, tokens, n_last=1, deterministic=True)
+        return heard.pop(), str(logits.dtype)
+
+    tables = pair.params["wte"], pair.params["wpe"]
+    found, of_gradient, dtype = jax.vjp(of_tables, *tables, has_aux=True)
+    wte, wpe = (table.astype(float) for table in tables)
+    yield "logits of the model in float32", dtype == "float32", True
+    exact = jnp.broadcast_to(wte[7] + wpe, found.shape)
+    yield "embedding in bfloat16", _is_rounded_once(found, exact), True
+    g = jnp.cos(jnp.arange(found.size)).reshape(found.shape).astype(found.dtype)
+    of_wte, of_wpe = of_gradient(g)
+    exact_of_wpe = g.astype(float).sum(0)
+    for name, ours, right in (
+        ("wte", of_wte[7], exact_of_wpe.sum(0)),
+        ("wpe", of_wpe, exact_of_wpe),
+    ):
+        yield f"gradient of {name}'s rows in float32", relative(ours, right) < 1e-5, True
 
 
 def _accumulated(config: TrainConfig) -> tuple[bool, bool]:
@@ -723,7 +800,8 @@ def on_devices(config: TrainConfig) -> Comparisons:
         return
     two_layers = dataclasses.replace(config.model, n_layers=2, remat="none")
     frozen = dataclasses.replace(config.optimizer, freeze=("wpe",))
-    mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 8, "accumulate": 2}
+    # 2 rows of a micro-batch on each device.
+    mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 16, "accumulate": 2}
     config = dataclasses.replace(config, model=two_layers, steps=2, optimizer=frozen, **mesh)
     pair, four = Pair(config), programs.Programs(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, four.abstract_state)
@@ -735,9 +813,12 @@ def on_devices(config: TrainConfig) -> Comparisons:
             split, found = four.train_step(split, four.key, four.to_devices(pair.windows))
             for name in expected:
                 yield f"{name} of step {index + 1}", found[name], expected[name]
-        tested = four.test(split.params, [four.to_devices(pair.windows)])
-        for name, expected in _eval_step(alone.params, pair.windows, config=config).items():
-            yield f"tested: {name}", tested[name], expected
+        batches = pair.windows, np.roll(pair.windows, 1, axis=1)
+        tested = four.test(split.params, [four.to_devices(batch) for batch in batches])
+        alone_tested = [_eval_step(alone.params, batch, config=config) for batch in batches]
+        for name in alone_tested[0]:
+            mean = sum(one[name] for one in alone_tested) / 2
+            yield f"tested: {name}", tested[name], mean
     start, ours, theirs = map(without_keys_bias, (pair.params, split.params, alone.params))
     for name in start:
         yield name, ours[name] - start[name], theirs[name] - start[name]
@@ -799,6 +880,7 @@ RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
     "4 loss": loss,
     "4 losses by position": position_losses,
     "5 gradients": gradients,
+    "6 schedules": schedules,
     "6 updates": updates,
     "7 trajectory": trajectory,
     "7 trajectory, dropout": trajectory,
@@ -809,7 +891,7 @@ RUNGS: dict[str, Callable[[TrainConfig], Comparisons]] = {
     "9 initial weights, by chance": inits_by_chance,
 }
 EXACT = ("1 weights", "8 bfloat16", "9 dropout, by chance", "9 initial weights, by chance")
-ONCE = ("8 bfloat16", "9 dropout, by chance", "9 initial weights, by chance")
+ONCE = ("6 schedules", "8 bfloat16", "9 dropout, by chance", "9 initial weights, by chance")
 ON_DEVICES = "8 four devices"  # the report's own, which has them
 WITH_DROPOUT = ("7 trajectory, dropout", "8 train/eval", "9 dropout, by chance")
 
@@ -919,15 +1001,27 @@ OPTIMIZERS: dict[str, OptimizerConfig] = {
     "adamw, cosine, warm-up, clipped": dataclasses.replace(
         ADAMW, schedule="cosine", warmup_steps=2, clip_norm=0.5
     ),
-    "adam, linear at once, clipped": dataclasses.replace(
-        ADAMW, name="adam", schedule="linear", weight_decay=0.1, clip_norm=0.5
+    "adam, other moments, linear at once, clipped": dataclasses.replace(
+        ADAMW,
+        name="adam",
+        b1=0.8,
+        b2=0.95,
+        eps=1e-3,
+        schedule="linear",
+        weight_decay=0.1,
+        clip_norm=0.5,
     ),
     "adamw, linear after one step, other moments": dataclasses.replace(
         ADAMW, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.1, schedule="linear", warmup_steps=1
     ),
     "adamw without decay or momentum": dataclasses.replace(ADAMW, b1=0.0, weight_decay=0.0),
-    "sgd, momentum, a limit above": OptimizerConfig(
-        name="sgd", learning_rate=0.1, weight_decay=0.1, clip_norm=100.0
+    "sgd, momentum, linear after one step, a limit above": OptimizerConfig(
+        name="sgd",
+        learning_rate=0.1,
+        schedule="linear",
+        warmup_steps=1,
+        weight_decay=0.1,
+        clip_norm=100.0,
     ),
     "sgd, cosine at once, clipped": OptimizerConfig(
         name="sgd", learning_rate=0.1, b1=0.0, weight_decay=0.1, schedule="cosine", clip_norm=0.5

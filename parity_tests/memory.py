@@ -84,8 +84,10 @@ def _of_a_mesh() -> Iterator[Figure]:
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=auto)
     for operation, function in (("step", step.loss_and_gradients), ("evaluation", _test)):
         with jax.sharding.use_abstract_mesh(mesh):
-            traced = _traced(function, _config(1, n_rows=4))
+            traced = _traced(function, _config(1, n_rows=4, dtype="bfloat16"))
         yield operation, "programs for each device of four", len(traced["shard_map"]), 1
+        added = {one["dtype"] for name in ("psum", "reduce_scatter") for one in traced[name]}
+        yield operation, "dtypes of what four devices add up", added, {"float32"}
 
 
 def _test(state: Any, _: Any, windows_BxL1: jax.Array, *, config: TrainConfig) -> Any:
@@ -169,6 +171,8 @@ def _facts(equation: Any) -> dict[str, Any]:
             barred = barred if isinstance(barred, tuple) else [barred] * len(equation.invars)
             is_parameter = [var.aval.ndim in (1, 2) for var in equation.invars]
             return {"parameter, barred": set(zip(is_parameter, barred, strict=True))}
+        case "psum" | "reduce_scatter":
+            return {"dtype": " ".join(sorted({str(var.aval.dtype) for var in equation.invars}))}
         case "dot_general":
             return {"sizes": [size for var in equation.invars for size in var.aval.shape]}
     return {}

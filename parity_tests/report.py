@@ -12,7 +12,7 @@ import numpy as np
 
 import portproof
 from jax_model5.config import TrainConfig
-from parity_tests import bridge, ladder, memory, spec, taps
+from parity_tests import bridge, choices, ladder, memory, spec, taps
 
 # Beside each: the worst error measured on a CPU, which it exceeds at most fourfold.
 FLOAT32_TOLERANCES = {
@@ -65,17 +65,6 @@ def default_config(dtype: str) -> TrainConfig:
     return _with_model(dataclasses.replace(config, seed=11), n_layers=2)
 
 
-def other_config(config: TrainConfig) -> TrainConfig:
-    """The rest: a scanned trunk of 7, tanh, an untied head, a frozen leaf, no clipping."""
-    frozen = dataclasses.replace(config.optimizer, freeze=("wpe",), clip_norm=0.0)
-    other = dataclasses.replace(
-        config, objective="all_tokens", batch_size=3, accumulate=1, steps=2, optimizer=frozen
-    )
-    return _with_model(
-        other, n_layers=8, gelu="tanh", tied_head=False, scale_logits=False, remat="full"
-    )
-
-
 def _with_model(config: TrainConfig, **fields: Any) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
@@ -117,6 +106,7 @@ def is_end(row: Row) -> bool:
 def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     """(name, rows) of what is compared, in order; a rung of the ladder by what it judges."""
     off = _with_model(config, dropout=0.0)
+    one_block = _with_model(off, n_layers=1)
 
     def rung(name: str, of_the_ladder: str, config: TrainConfig = off) -> tuple:
         return name, _rung(of_the_ladder, config, name)
@@ -125,21 +115,21 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     yield "operations", _operations(off)
     yield rung("ln_f at mean 300", "2 layer norm, mean 300")
     yield rung("large scores", "2 large scores")
-    yield rung("loss", "4 losses by position")
+    yield rung("loss", "4 losses by position", one_block)
     yield rung("gradients", "5 gradients")
     if config.model.dropout:
         yield "operations, dropout on", _operations(config)
     for update in ladder.OPTIMIZERS.values():
-        yield rung("optimizer", "6 updates", dataclasses.replace(off, optimizer=update))
+        of_update = dataclasses.replace(one_block, optimizer=update)
+        yield rung("optimizer", "6 updates", of_update)
     yield rung("step", "7 trajectory, dropout", config)
     yield rung("train and eval mode", "8 train/eval", config)
     if config.model.dtype != "float64":
         return
     yield rung("suffix path and KV cache", "3 logits")
-    other = other_config(config)
-    yield "operations, the other config", _operations(other)
-    yield rung("step", "7 trajectory, dropout", other)
-    yield rung("train and eval mode", "8 train/eval", other)
+    yield rung("optimizer", "6 schedules")
+    for n, other in enumerate(choices.others(config), 2):
+        yield f"configuration {n}", _steps_of(other, choices.words(other, config))
     for part in memory.parts():
         yield "memory", _memory(part)
     yield rung("bfloat16", "8 bfloat16", config)
@@ -179,10 +169,31 @@ def _stop(error: Exception, stage: str, config: TrainConfig) -> Row:
 
 def _rung(rung: str, config: TrainConfig, operation: str) -> Iterator[Row]:
     """A rung of the ladder; a gradient's operation is the one that owns the parameter."""
-    for m in ladder.measure(rung, "", config):
-        owner = _owner(m.where, config) if operation == "gradients" else operation
+    measured = ladder.measure(rung, "", config)
+    of_all = _of_all_leaves(measured) if operation == "gradients" else operation
+    for m in measured:
+        owner = of_all or _owner(m.where, config)
         fields = m.dtype, config.model.dropout, m.max_abs, m.error, m.tolerance
         yield Row(owner, f"{rung.partition(' ')[2]}: {m.where}", *fields)
+
+
+def _of_all_leaves(measured: Sequence[ladder.Measurement]) -> str:
+    """What no operation explains, for all have passed: every leaf is wrong, or by one factor."""
+    errors = [m.error for m in measured if not m.where.endswith(", keys")]
+    if not all(error > measured[0].tolerance for error in errors) or np.inf in errors:
+        return ""
+    return "step" if np.allclose(errors, errors[0], rtol=1e-6, atol=0) else "loss"
+
+
+def _steps_of(config: TrainConfig, words: str) -> Iterator[Row]:
+    """Of another configuration; where they differ its operations come first, to name the one."""
+    rows = list(_rung("7 trajectory, dropout", config, "step"))
+    if not all(row.passed for row in rows):
+        on = [*_operations(config)] if config.model.dropout else []
+        rows = [*_operations(_with_model(config, dropout=0.0)), *on, *rows]
+    for row in rows:
+        cause = "" if row.passed else "; ".join(filter(None, (row.cause, f"with {words}")))
+        yield dataclasses.replace(row, cause=cause)
 
 
 def _memory(part: Callable[[], list[memory.Figure]]) -> Iterator[Row]:

@@ -1,11 +1,28 @@
 """What a step keeps between its passes is as stated, and each way to keep more is seen."""
 
+import functools
 from unittest import mock
 
+import jax
 import pytest
 
-from jax_model5 import kernels, losses, model
+from jax_model5 import kernels, losses, model, sharding
 from parity_tests import memory
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered_low(shard, axis, dtype):
+    """Its gradients are added up as they come."""
+    return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+gathered_low.defvjp(
+    lambda shard, axis, dtype: (gathered_low(shard, axis, dtype), shard[:0]),
+    lambda axis, dtype, rows, g: (
+        jax.lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True).astype(rows.dtype),
+    ),
+)
+
 
 FAULTS = {
     "no remat": ("attention residual", model.nn, "remat", lambda run, **_: run),
@@ -28,6 +45,7 @@ FAULTS = {
         "optimization_barrier",
         lambda tree: tree,
     ),
+    "sums over devices in bfloat16": ("step", sharding, "_gathered", gathered_low),
 }
 
 

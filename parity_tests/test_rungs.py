@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import torch_ref.model
 import torch_ref.step
 from jax_model5 import generate, kernels, layer_norm, losses, model, optimizer, step, trees
+from jax_model5.config import TEST_METRICS, ModelConfig
 from parity_tests import ladder, report
 from tests.tiny import ROOT
 
@@ -28,7 +30,9 @@ _masked, _make_scheduler = model.masked_attention, torch_ref.step.make_scheduler
 _scan, Block = model.nn.scan, torch_ref.model.Block
 _init_block, _run_block = Block.__init__, Block.forward
 _optimizer, _schedule, _adamw = optimizer.optimizer, optimizer._schedule, optax.adamw
-_clip = torch.nn.utils.clip_grad_norm_
+_clip, _adam, _sgd = torch.nn.utils.clip_grad_norm_, optax.adam, optax.sgd
+_nll, _layer_norm, _logits = losses.nll, layer_norm.layer_norm, model.Model5.logits
+_init_linear = torch_ref.model.init_linear
 _value_and_grad, _dropout_key, _unstack = jax.value_and_grad, step.dropout_key, generate.unstack
 DROPOUT, INITS = "9 dropout, by chance", "9 initial weights, by chance"
 STEP, MODES, LOW = "7 trajectory, dropout", "8 train/eval", "8 bfloat16"
@@ -86,6 +90,12 @@ def same_for_all_heads(key, rate, shape):
     return jnp.broadcast_to(_keep_mask(key, rate, shape_of_one), shape)
 
 
+def constant_at_once(config, steps):
+    if config.schedule == "constant":
+        return optax.constant_schedule(config.learning_rate)
+    return _schedule(config, steps)
+
+
 def two_sites_swapped(self, config):
     _init_block(self, config)
     self.attn.attend.rate, self.attn_drop.p = self.attn_drop.p, self.attn.attend.rate
@@ -111,6 +121,50 @@ def low_gradients(function):
 def low_update(*args):
     right = _optimizer(*args)
     return right._replace(update=lambda g, *state: right.update(in_bfloat16(g), *state))
+
+
+@jax.custom_vjp
+def overflows_backward(z, targets):
+    return _nll(z, targets)
+
+
+overflows_backward.defvjp(
+    lambda z, targets: (_nll(z, targets), (z, targets)),
+    lambda kept, g: (
+        g[..., None] * (jnp.exp(kept[0]) / jnp.exp(kept[0]).sum(-1, keepdims=True)
+                        - jax.nn.one_hot(kept[1], kept[0].shape[-1])), None),
+)  # fmt: skip
+
+
+def in_one_pass(x, scale, bias, epsilon):
+    mean = x.mean(-1, keepdims=True)
+    deviation = jnp.sqrt((x * x).mean(-1, keepdims=True) - mean**2 + epsilon)
+    return (x - mean) / deviation * scale + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def one_pass_backward(x, scale, bias, epsilon):
+    return _layer_norm(x, scale, bias, epsilon)
+
+
+one_pass_backward.defvjp(
+    lambda *of: (_layer_norm(*of), of[:3]),
+    lambda epsilon, of, g: jax.vjp(functools.partial(in_one_pass, epsilon=epsilon), *of)[1](g),
+)
+
+
+def low_logits(self, x):
+    return _logits(self, x).astype(self.config.dtype)
+
+
+def not_of_a_tied_table(weight, bias, config):
+    if weight.shape[0] != config.vocab_size or not config.tied_head:
+        _init_linear(weight, bias, config)
+
+
+def from_the_end(self, tokens_BxL):
+    positions_L = torch.arange(self.config.seq_len)[-tokens_BxL.shape[1] :]
+    return self.wte(tokens_BxL) + self.wpe(positions_L)
 
 
 LN_SWAPPED = {"ln_1.weight": "ln_2.weight", "ln_2.weight": "ln_1.weight"}
@@ -139,6 +193,12 @@ FAULTS = [
      uniform),
     (INITS, "fc/kernel: layers differ", model.nn, "scan", alike_where_scanned),
     (INITS, "keys differ", jax.random, "fold_in", lambda key, data: jax.random.key(0)),
+    (INITS, "PyTorch, init course: wte: standard", torch_ref.model, "init_linear",
+     not_of_a_tied_table),
+    (INITS, "JAX, init course: wpe: kurtosis", model, "wpe_init",
+     lambda config: model.nn.initializers.xavier_normal()),
+    (DROPOUT, "share that is dropped", ModelConfig, "dropout_at",
+     lambda self, site: self.dropout / 2),
     (INITS, "PyTorch, init course: last_block/attn/qkv/kernel: standard", torch.nn.init, "normal_",
      lambda weight, mean=0.0, std=1.0: _nn_normal(weight, mean, 1.1 * std)),
     ("4 losses by position", "losses of the last 5", losses, "_in_chunks", last_first),
@@ -149,6 +209,10 @@ FAULTS = [
      - jnp.take_along_axis(z, targets[..., None], -1)[..., 0]),
     (LARGE, "attention", jax.nn, "softmax",
      lambda z: jnp.exp(z) / jnp.exp(z).sum(-1, keepdims=True)),
+    (LARGE, "losses, backward", losses, "nll", overflows_backward),
+    ("2 layer norm, mean 300", "ln_f, backward", model, "layer_norm", one_pass_backward),
+    ("3 logits", "logits, of fewer tokens", torch_ref.model.Model5, "embed", from_the_end),
+    ("6 schedules", "constant after 2", optimizer, "_schedule", constant_at_once),
     ("3 logits", "the head of a text is head", generate, "unstack",
      lambda params, c: _unstack({**params, "head": params["wte"]}, c)),
     ("3 logits", "KV cache", model, "masked_attention", sees_all),
@@ -161,12 +225,16 @@ FAULTS = [
     (LOW, "gradients reach the optimizer", step, "optimizer", low_update),
     (LOW, "logits in float32", kernels, "matmul_transposed",
      lambda x, table: (x @ table.T.astype(x.dtype)).astype(jnp.float32)),
+    (LOW, "layer norm of float32's scale", model, "at_least_float32", lambda dtype: dtype),
+    (LOW, "logits of the model", model.Model5, "logits", low_logits),
     (LOW, "PyTorch under bfloat16", torch_ref.step, "autocast",
      lambda *_: contextlib.nullcontext()),
     (MODES, "the dropout key", step, "dropout_key",
      lambda key, step, micro_batch: jax.random.fold_in(key, step)),
     (MODES, "the dropout key", step, "dropout_key",
      lambda key, step, micro_batch: _dropout_key(key, step % 256, micro_batch)),
+    (MODES, "eval mode: final_token_nll", step, "TEST_METRICS", TEST_METRICS[::-1]),
+    (MODES, "eval mode: all_token_nll", torch_ref.step, "TEST_METRICS", TEST_METRICS[::-1]),
     (STEP, "learning_rate of step", torch_ref.step, "make_scheduler", without_steps),
     (STEP, "wte", torch.nn.utils, "clip_grad_norm_",
      lambda weights, most: torch.nn.utils.get_total_norm(p.grad for p in weights)),
@@ -182,11 +250,18 @@ def failures(rung, config):
     ("rung", "what", "target", "name", "value"), FAULTS, ids=[f"{f[1]}, {f[3]}" for f in FAULTS]
 )
 def test_a_fault_fails_the_rung_that_is_there_for_it(rung, what, target, name, value):
-    config = report.default_config("float32" if rung == LARGE else "float64")
+    config = report.default_config("float64")
     with mock.patch.object(target, name, value):
         # No other measurement's config, so that JAX traces it anew.
         found = failures(rung, dataclasses.replace(config, workdir=f"{what} {name}"))
     assert any(what in failure for failure in found), found
+
+
+def momentum_of_rates(learning_rate, momentum):
+    """As some write SGD: the rate of each step stays in the sum."""
+    if momentum is None:
+        return _sgd(learning_rate)
+    return optax.chain(optax.scale_by_learning_rate(learning_rate), optax.trace(momentum))
 
 
 def without_warm_up_constant(config, steps):
@@ -213,11 +288,28 @@ def always_clips(weights, max_norm):
     ("update", "target", "name", "value"),
     [
         ("sgd, cosine at once, clipped", optimizer, "_schedule", without_warm_up_constant),
-        ("adam, linear at once, clipped", optimizer, "_schedule", without_warm_up_constant),
+        (
+            "adam, other moments, linear at once, clipped",
+            optimizer,
+            "_schedule",
+            without_warm_up_constant,
+        ),
         ("sgd, cosine at once, clipped", optimizer, "optimizer", decay_before_the_clip),
-        ("adam, linear at once, clipped", optimizer, "optimizer", decay_before_the_clip),
+        (
+            "adam, other moments, linear at once, clipped",
+            optimizer,
+            "optimizer",
+            decay_before_the_clip,
+        ),
         ("adamw without decay or momentum", optax, "adamw", always_decays),
         ("adamw", torch.nn.utils, "clip_grad_norm_", always_clips),
+        (
+            "adam, other moments, linear at once, clipped",
+            optax,
+            "adam",
+            lambda rate, **_: _adam(rate),
+        ),
+        ("sgd, momentum, linear after one step, a limit above", optax, "sgd", momentum_of_rates),
     ],
 )
 def test_a_fault_of_an_update_fails_the_optimizer_that_is_there_for_it(update, target, name, value):
@@ -237,9 +329,9 @@ def test_rows_in_another_order_are_invisible_to_a_mean():
 ON_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from jax_model5 import sharding
+from jax_model5 import programs, sharding
 from parity_tests import ladder, report
-sharding.{name} = lambda values, *specs: values
+{name} = {value}
 rows = ladder.measure("8 four devices", "", report.default_config("float64"))
 assert len(rows) > 30
 print([row.where for row in rows if not row.passed])
@@ -248,9 +340,19 @@ print([row.where for row in rows if not row.passed])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "where"), [("mean_gradients", "grad_norm of step 1"), ("mean", "tested: all_token")]
+    ("name", "value", "where"),
+    [
+        ("sharding.mean_gradients", "lambda tree, specs: tree", "grad_norm of step 1"),
+        ("sharding.mean", "lambda tree: tree", "tested: all_token"),
+        (
+            "sharding.first_row",
+            "lambda n: jax.lax.axis_index(('data', 'fsdp')) if sharding.n_devices() > 1 else 0",
+            "loss of step 1",
+        ),
+        ("programs.len", "lambda results: 1", "tested: all_token"),
+    ],
 )
-def test_what_does_not_meet_is_seen_on_four_devices(name, where):
-    script = ON_DEVICES.format(name=name)
+def test_what_does_not_meet_is_seen_on_four_devices(name, value, where):
+    script = ON_DEVICES.format(name=name, value=value)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert where in done.stdout, done.stderr[-2000:]

@@ -35,8 +35,10 @@ class JaxSide:
         (_, (gradients, _)), backward = self._call("backward", train, seed)
         found.loss, found.leaves = np.asarray(loss), _arrays(gradients)
         for name, values in found.values.items():
-            came = backward.gradients[name][::-1]  # none where nothing uses the value
-            found.gradients[name] = came or [np.zeros_like(value) for value in values]
+            came = backward.gradients[name][
+                ::-1
+            ]  # none of the first, where what uses them stops it
+            found.gradients[name] = [*map(np.zeros_like, values[: len(values) - len(came)]), *came]
         return found
 
     def _call(self, doing: str, train: bool, seed: int) -> tuple[Any, Pass]:

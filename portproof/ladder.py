@@ -1,4 +1,4 @@
-"""The ladder: leaves, taps forward, loss, taps backward, gradients, updates, dropout, the modes."""
+"""The ladder: leaves, taps, loss, gradients, updates, all of it in train mode, the modes."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ class Tap(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One thing of JAX, of PyTorch, and of float64; `after` was compared before it."""
+    """One thing of JAX, of PyTorch, and of float64; `after` is as in a Row."""
 
     rung: str
     place: str
@@ -119,10 +119,10 @@ class Pair:
             """All calls that both sides make of this layer."""
             mine, *theirs = (getattr(found, kind) for found in passes)
             with stops("the table", tap.name):
-                laid_out = ([*map(tap.function, found[tap.torch])] for found in theirs)
-                calls = [_of_layer(mine[tap.jax], tap), *laid_out]
-                n = min(map(len, calls))
-                return [np.stack(each[:n]) if n > 1 else each[0] for each in calls]
+                ours_of, n = _of_layer(mine[tap.jax], tap), len(theirs[0][tap.torch])
+                calls = [[*map(tap.function, found[tap.torch][: len(ours_of)])] for found in theirs]
+                calls.insert(0, ours_of[:n])
+                return [np.concatenate([*map(np.ravel, c)]) if len(c) > 1 else c[0] for c in calls]
 
         reached = list(passes[1].values)
         taps = sorted(self.taps, key=lambda tap: reached.index(tap.torch))
@@ -167,7 +167,7 @@ class Pair:
                 yield Row("7 dropout, shares", self.dtype, place, error, DEVIATIONS, note=note)
         again = self.jax_masks(self.jax.run(train=True, seed=1), drawn) if masks else {}
         every = [(s, m) for found in (masks, again) for s in found for m in found[s]]
-        many = [(site, mask) for site, mask in every if (mask == 0).sum() > 20]  # no chance
+        many = [(s, m) for s, m in every if 20 < (m == 0).sum() < m.size - 20]  # no chance
         axes = [(s, m, d) for s, m in many for d, size in enumerate(m.shape) if size > 1]
         slices = [((s, m), (f"along axis {d}", 0 * m + m.take([0], d))) for s, m, d in axes]
         for (site, a), (other, b) in [*itertools.combinations(many, 2), *slices]:
@@ -178,10 +178,9 @@ class Pair:
     def modes(self, drops: bool) -> Iterator[Row]:
         """Train mode varies where PyTorch drops."""
         for side, varies in self.draws(train=True).items():
-            place, error = f"{side} in train mode {'varies' if varies else 'does not vary'}", 0.0
-            yield Row(
-                "8 train and eval", self.dtype, place, error if varies == drops else np.inf, 0.0
-            )
+            place = f"{side} in train mode {'varies' if varies else 'does not vary'}"
+            error = 0.0 if varies == drops else np.inf
+            yield Row("8 train and eval", self.dtype, place, error, 0.0)
 
     def draws(self, train: bool, masks: Mapping = {}) -> dict[str, bool]:
         """Whether two runs of a side differ, JAX's by two keys."""
@@ -224,7 +223,7 @@ def _noise(gradients: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _require_fired(side: str, what: str, calls: Iterable[tuple], found: Pass) -> None:
     missing = dict.fromkeys(
-        f"{name}, {n} calls for {layers} layers" if n else nearest(name, found.seen)
+        f"{name}, called {n} times for {layers} layers" if n else nearest(name, found.seen)
         for name, call, layers in calls
         for n in [len(found.values.get(name, ()))]
         if n <= call or n % layers  # or not as often in each layer

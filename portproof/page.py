@@ -6,9 +6,8 @@ import math
 from portproof.report import Report, Row
 
 STYLE = """body{font:15px sans-serif;margin:2em auto;padding:0 1em;max-width:75em;color:#222}
-table{display:block;overflow-x:auto;border-collapse:collapse;font-size:13px}
-td,th{padding:1px 10px;text-align:left}
-svg{display:block}pre{white-space:pre-wrap}summary{cursor:pointer}.verdict{font-size:18px}
+table{display:block;overflow-x:auto;border-collapse:collapse;font-size:13px}.verdict{font-size:18px}
+td,th{padding:1px 10px;text-align:left}svg{display:block}pre{white-space:pre-wrap}
 .differs{background:#fdd}.first{outline:3px solid #000}.follows{opacity:.3}"""
 PLOT, LOW, HIGH = 420, -18, 2  # pixels, and the powers of ten that they show
 
@@ -27,7 +26,7 @@ def page(report: Report) -> str:
 def _operations(report: Report) -> str:
     """A line for each operation: a cell for each pass, and its errors on a log scale."""
     passes = {
-        f"{rung}, {dtype}": {row.place: row for row in rows}
+        f"{rung}, {dtype}": {row.place: row for row in [*rows, report.first] if row in rows}
         for (rung, dtype), rows in report.groups().items()
         if rung.endswith(("forward", "backward"))
     }

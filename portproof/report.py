@@ -33,7 +33,7 @@ def own_rounding(own: np.ndarray) -> list[tuple[float, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison; `after` is the place before it, the last that was equal if this differs."""
+    """One comparison; `after` is the place before it, or what makes the gradient."""
 
     rung: str
     dtype: str
@@ -116,7 +116,6 @@ class Report:
         return [f"what follows: {len(rows)} more, {named}"] if rows else []
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:
-        """The rows of each rung in each dtype."""
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.rung, row.dtype), []).append(row)

@@ -134,10 +134,10 @@ class TorchSide:
         self.batch = as_arrays(port.batch, dtype, torch.tensor)
         with stops("PyTorch", "made"), Listener(self.wide).listening(torch.nn.Module()):
             made = copy.deepcopy(port.torch_model())
-        self.model = made.double() if self.wide else made.float()
+            self.model = made.double() if self.wide else made.float()
         self.parameters = dict(self.model.named_parameters())
         if odd := [name for name, p in self.parameters.items() if not p.is_floating_point()]:
-            raise BadInput(f"PyTorch's {odd[0]} is not real; make real parameters of its parts")
+            raise BadInput(f"PyTorch's {odd[0]} is not real; split it, or let it be a buffer")
         self.buffers = [(m._buffers, copy.deepcopy(m._buffers)) for m in self.model.modules()]
 
     def named(self) -> dict[str, np.ndarray]:
@@ -153,7 +153,8 @@ class TorchSide:
         """One pass forward and backward; without masks it draws its own."""
         for buffers, first in self.buffers:  # as they were at first
             buffers.update(copy.deepcopy(first))
-        self.model.train(train).zero_grad()
+        self.model.train(train)
+        self.model.zero_grad()
         batch = copy.deepcopy(self.batch)  # a model may work in it
         listener = Listener(self.wide, wanted, masks)
         found = listener.found

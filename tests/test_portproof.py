@@ -272,6 +272,25 @@ def test_every_call_of_a_tap_is_compared():
     assert proved.first.culprit == "cell", proved
 
 
+def test_a_tap_in_a_loop_of_layers_whose_gradient_is_stopped():
+    def layers(params, tokens_BxL, key, deterministic, stop=lambda x: x):
+        x_BxLxD = portproof.tap("embedding", params["embed"][tokens_BxL])
+        for i, own in enumerate(jax.random.split(key, DEPTH)):
+            h_BxLxD = jnp.tanh(x_BxLxD @ params["kernel"][i] + params["bias"][i])
+            h_BxLxD = portproof.tap("tanh", h_BxLxD)
+            if not deterministic:
+                kept = portproof.mask("kept", jax.random.bernoulli(own, 0.7, h_BxLxD.shape))
+                h_BxLxD = jnp.where(kept, h_BxLxD / 0.7, 0)
+            x_BxLxD = portproof.tap("block", x_BxLxD + h_BxLxD)
+            x_BxLxD = stop(x_BxLxD) if i == 1 else x_BxLxD
+        return x_BxLxD @ params["head"]
+
+    assert portproof.prove(changed(jax_model=layers), float32=False).passed
+    stopped = functools.partial(layers, stop=jax.lax.stop_gradient)
+    proved = portproof.prove(changed(jax_model=stopped), float32=False)
+    assert proved.first.culprit == "what uses block 1, backward", proved
+
+
 def test_what_drops_of_nothing_is_no_error(monkeypatch):
     def forward(self, x_BxLxD):
         nothing = F.dropout(0 * x_BxLxD, 0.3, self.training)
@@ -561,7 +580,7 @@ BAD = {
     "a tap of JAX": ({"taps": [*TAPS, ("x", "head", "tahn")]}, "unevenly: tahn (nearest: tanh"),
     "a tap that fires less": (
         {"taps": [*TAPS, ("{i}", "blocks.{i}", "embedding")]},
-        "unevenly: embedding, 1 calls for 3 layers",
+        "unevenly: embedding, called 1 times for 3 layers",
     ),
     "logits that are no array": (
         {"forward": lambda model, tokens: (model(tokens),)},
@@ -587,7 +606,7 @@ BAD = {
         {"torch_model": DropsOtherwise},
         "PyTorch draws in train mode by other than F.dropout",
     ),
-    "a complex parameter": ({"torch_model": Complex}, "PyTorch's phase is not real; make"),
+    "a complex parameter": ({"torch_model": Complex}, "PyTorch's phase is not real; split"),
     "a batch of words": ({"batch": {"names": ["a", "b"]}}, "the batch holds <U1; give"),
     "a root of what is below 0": (
         {
