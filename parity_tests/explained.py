@@ -105,7 +105,7 @@ EXPLAINED = [
     ("*:threshold", "call left out: jnp . uint32", "beside 32 bits an integer becomes them"),
     (
         "*:_matmul_transposed_backward",
-        "call left out: table_VxD . astype",
+        "call left out: . astype*padded_WxD",
         "the product rounds its factors itself",
     ),
     ("*:threshold", "call left out: int ", "JAX's cast drops the fraction, too"),
