@@ -95,10 +95,10 @@ class Pair:
         yield [*self.updates(steps)]
         drawn, ours = self.torch.run(train=True).drawn, self.jax.run(train=True)
         masks = self.jax_masks(ours, drawn)
-        varies = self.draws(True, masks)
-        if varies["PyTorch"]:
+        differ = self.draws(True, masks)
+        if differ["PyTorch"]:
             raise BadInput("PyTorch draws in train mode by other than F.dropout; drop by that")
-        if masks or not varies["JAX"]:  # without dropout train mode may be another, too
+        if masks or not differ["JAX"]:  # without dropout train mode may be another, too
             yield [*self.operations(TRAIN, ours, masks)]
         yield [*self.shares(masks, drawn), *self.modes(bool(drawn))]
 
