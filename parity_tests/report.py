@@ -130,6 +130,8 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     yield rung("optimizer", "6 schedules")
     for n, other in enumerate(choices.others(config), 2):
         yield f"configuration {n}", _steps_of(other, choices.words(other, config))
+        if n < 4:  # untied, unscaled, tanh and one micro-batch; a trunk in a loop
+            yield rung("train and eval mode", "8 train/eval", other)
     for part in memory.parts():
         yield "memory", _memory(part)
     yield rung("bfloat16", "8 bfloat16", config)

@@ -32,7 +32,8 @@ _init_block, _run_block = Block.__init__, Block.forward
 _optimizer, _schedule, _adamw = optimizer.optimizer, optimizer._schedule, optax.adamw
 _clip, _adam, _sgd = torch.nn.utils.clip_grad_norm_, optax.adam, optax.sgd
 _nll, _layer_norm, _logits = losses.nll, layer_norm.layer_norm, model.Model5.logits
-_init_linear = torch_ref.model.init_linear
+_init_linear, _init_model = torch_ref.model.init_linear, torch_ref.model.Model5.__init__
+_wte_init, _wpe_init = model.wte_init, model.wpe_init
 _value_and_grad, _dropout_key, _unstack = jax.value_and_grad, step.dropout_key, generate.unstack
 DROPOUT, INITS = "9 dropout, by chance", "9 initial weights, by chance"
 STEP, MODES, LOW = "7 trajectory, dropout", "8 train/eval", "8 bfloat16"
@@ -162,6 +163,19 @@ def not_of_a_tied_table(weight, bias, config):
         _init_linear(weight, bias, config)
 
 
+def wpes_where_tied(config):
+    if config.tied_head and config.init == "course":
+        return _wpe_init(config)
+    return _wte_init(config)
+
+
+def head_of_its_own(self, config):
+    """PyTorch's own init: the head does not begin as the table."""
+    _init_model(self, config)
+    if config.init == "torch" and not config.tied_head:
+        torch.nn.init.normal_(self.head.weight)
+
+
 def from_the_end(self, tokens_BxL):
     positions_L = torch.arange(self.config.seq_len)[-tokens_BxL.shape[1] :]
     return self.wte(tokens_BxL) + self.wpe(positions_L)
@@ -195,6 +209,9 @@ FAULTS = [
     (INITS, "keys differ", jax.random, "fold_in", lambda key, data: jax.random.key(0)),
     (INITS, "PyTorch, init course: wte: standard", torch_ref.model, "init_linear",
      not_of_a_tied_table),
+    (INITS, "JAX, init course: wte: standard", model, "wte_init", wpes_where_tied),
+    (INITS, "PyTorch, init torch: head begins as wte", torch_ref.model.Model5, "__init__",
+     head_of_its_own),
     (INITS, "JAX, init course: wpe: kurtosis", model, "wpe_init",
      lambda config: model.nn.initializers.xavier_normal()),
     (DROPOUT, "share that is dropped", ModelConfig, "dropout_at",
@@ -226,6 +243,7 @@ FAULTS = [
     (LOW, "logits in float32", kernels, "matmul_transposed",
      lambda x, table: (x @ table.T.astype(x.dtype)).astype(jnp.float32)),
     (LOW, "layer norm of float32's scale", model, "at_least_float32", lambda dtype: dtype),
+    (LOW, "gradient of wte's rows", model, "at_least_float32", lambda dtype: dtype),
     (LOW, "logits of the model", model.Model5, "logits", low_logits),
     (LOW, "PyTorch under bfloat16", torch_ref.step, "autocast",
      lambda *_: contextlib.nullcontext()),

@@ -35,9 +35,7 @@ class JaxSide:
         (_, (gradients, _)), backward = self._call("backward", train, seed)
         found.loss, found.leaves = np.asarray(loss), _arrays(gradients)
         for name, values in found.values.items():
-            came = backward.gradients[name][
-                ::-1
-            ]  # none of the first, where what uses them stops it
+            came = backward.gradients[name][::-1]  # none before a stop
             found.gradients[name] = [*map(np.zeros_like, values[: len(values) - len(came)]), *came]
         return found
 
