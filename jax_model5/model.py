@@ -339,6 +339,7 @@ class Model5(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 length=depth,
                 unroll=depth if is_unrolled else 1,
+                check_constancy_invariants=False,  # nothing is; or it is traced twice
             )
             x_BxLxD, _ = scan(self.trunk, x_BxLxD, None)
         run = run_block(c, n_last, deterministic=deterministic)

@@ -42,7 +42,7 @@ def to_torch(tree: Any, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def from_torch(named: Mapping[str, torch.Tensor], config: ModelConfig) -> dict:
-    """The inverse of `to_torch`: a nested tree of JAX arrays.
+    """The inverse of `to_torch`: a nested tree.
 
     Raises:
       Mismatch: a tensor that the table does not know, or lacks, or of another shape.
@@ -55,7 +55,7 @@ def from_torch(named: Mapping[str, torch.Tensor], config: ModelConfig) -> dict:
         return named[name].detach().numpy()
 
     try:
-        return jax.tree.map(jnp.asarray, from_layout(read, config, "torch_ref"))
+        return from_layout(read, config, "torch_ref")
     except ValueError as error:
         raise Mismatch(str(error)) from None
 

@@ -128,7 +128,7 @@ class Pair:
     def random_tree(self, mean: float, std: float) -> Any:
         """Random values for every parameter."""
         return jax.tree.map(
-            lambda leaf: jnp.asarray(self.random.normal(mean, std, leaf.shape), self.dtype),
+            lambda leaf: self.random.normal(mean, std, leaf.shape).astype(self.dtype),
             _shapes(self.config.model),
         )
 
@@ -143,7 +143,7 @@ class Pair:
     def state(self) -> step.TrainState:
         update = optimizer.optimizer(self.config.optimizer, self.config.steps)
         moving, _ = optimizer.split_frozen(self.params, self.config.optimizer)
-        return step.TrainState(jnp.int32(0), self.params, update.init(moving))
+        return step.TrainState(jnp.int32(0), self.params, jax.jit(update.init)(moving))
 
     def block_params(self, layer: int) -> Any:
         if layer == self.n_layers - 1:
@@ -151,8 +151,14 @@ class Pair:
         return jax.tree.map(lambda leaf: leaf[layer], self.params["trunk"])
 
 
-@functools.cache
 def _shapes(config: ModelConfig) -> Any:
+    """Of every leaf: by sizes, whatever else is chosen."""
+    sizes = ("vocab_size", "seq_len", "d_model", "n_heads", "n_layers", "tied_head")
+    return _shapes_of(ModelConfig(**{name: getattr(config, name) for name in sizes}))
+
+
+@functools.cache
+def _shapes_of(config: ModelConfig) -> Any:
     return step.abstract_state(TrainConfig(model=config)).params
 
 
@@ -245,11 +251,21 @@ def large_mean(config: TrainConfig) -> Comparisons:
     x, torch_x = pair.normal(config.batch_size, c.seq_len, c.d_model, mean=300.0)
     g, torch_g = pair.normal(*x.shape)
     of_x = functools.partial(model.LayerNorm(c).apply, {"params": pair.params["ln_f"]})
-    ours, ours_of = jax.vjp(of_x, x)
+    ours, of_ours = _with_gradients(of_x, g, x)
     theirs = pair.torch_model.ln_f(torch_x.requires_grad_())
     theirs.backward(torch_g)
     yield "ln_f", ours, theirs.detach()
-    yield "ln_f, backward", ours_of(g)[0], torch_x.grad
+    yield "ln_f, backward", *of_ours, torch_x.grad
+
+
+def _with_gradients(function: Callable, g: Any, *arguments: Any) -> tuple[Any, tuple]:
+    """A function's result, and where the gradient g of it leads; by one program."""
+
+    def both(g: Any, *arguments: Any) -> tuple[Any, tuple]:
+        result, of_gradient = jax.vjp(function, *arguments)
+        return result, of_gradient(g)
+
+    return jax.jit(both)(g, *arguments)
 
 
 def large_scores(config: TrainConfig) -> Comparisons:
@@ -263,16 +279,18 @@ def large_scores(config: TrainConfig) -> Comparisons:
         pair.normal(1, c.n_heads, c.seq_len, c.d_model // c.n_heads) for _ in range(3)
     )
     expected = pair.torch_model.blocks[0].attn.attend(size * torch_q, torch_k, torch_v)
-    yield "attention", kernels.attend(size * q, k, v, lambda weights: weights), expected
+    attend = jax.jit(lambda *qkv: kernels.attend(*qkv, lambda weights: weights))
+    yield "attention", attend(size * q, k, v), expected
     z, torch_z = pair.normal(1, 3, 50_257, mean=3.0 * size)
     targets = np.array([[0, 50_256, 7]])
     of_each = [
         torch_ref.loss.loss(torch_z[:, :n], torch.from_numpy(targets[:, :n]), 1) for n in (1, 2, 3)
     ]
-    yield "losses", losses.nll(z, jnp.asarray(targets)), np.array([of_each])
-    of_mean = jax.grad(lambda z: losses.nll(z, jnp.asarray(targets)).mean())
+    thirds = np.full(targets.shape, 1 / 3, c.dtype)  # the gradient of a mean
+    ours, of_mean = _with_gradients(lambda z: losses.nll(z, jnp.asarray(targets)), thirds, z)
+    yield "losses", ours, np.array([of_each])
     torch_ref.loss.loss(torch_z.requires_grad_(), torch.from_numpy(targets), 3).backward()
-    yield "losses, backward", of_mean(z), torch_z.grad
+    yield "losses, backward", *of_mean, torch_z.grad
 
 
 def logits(config: TrainConfig) -> Comparisons:

@@ -87,9 +87,7 @@ def of_jax(config: TrainConfig) -> tuple[Values, Values, Any]:
     for path, leaf in leaves_of(shapes).items():
         where, slash, name = path.rpartition("/")
         if name in _TAP_NAMES:
-            zeros[f"{where}{slash}d {name}"] = jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype), leaf
-            )
+            zeros[f"{where}{slash}d {name}"] = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), leaf)
     tapped = jax.jit(jax.value_and_grad(functools.partial(_run, config), argnums=3, has_aux=True))
     (loss, values), gradients = tapped(pair.params, windows, key, tree_of(zeros))
     flat_values = leaves_of(values)
