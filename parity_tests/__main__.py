@@ -10,15 +10,17 @@ from typing import Any
 
 import jax
 
-import portproof
 from jax_model5.config import TrainConfig
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_installed
+from parity_tests import beside
 
 if __name__ == "__main__":  # before what imports it
     jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     with one_line_errors():
         require_installed("torch", "command", "python -m parity_tests")
+    beside.start()
 
+import portproof
 from parity_tests import drift, faults, ladder, page, report, shared
 
 

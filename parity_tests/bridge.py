@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -119,21 +118,21 @@ def _pad_positions(mask: np.ndarray, config: ModelConfig) -> np.ndarray:
     return np.pad(mask, padding, constant_values=True)
 
 
-def record_masks(variables: Any) -> Any:
-    """The `masks` collection as one array a site."""
+def record_masks(sown: Any) -> Any:
+    """What the `masks` collection holds as one array a site."""
     join = functools.partial(join_halves, padding=True)
-    return jax.tree.map(join, variables["masks"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.tree.map(join, sown, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def join_halves(sown: tuple[jax.Array, ...], padding: float) -> jax.Array:
+def join_halves(sown: tuple[jax.Array, ...], padding: float) -> np.ndarray:
     """Attention sows one array for each half of its queries; `padding` where no query sees."""
-    width = max(mask.shape[-1] for mask in sown)
+    width = max(half.shape[-1] for half in sown)
     padded = [
-        jnp.pad(
-            mask,
-            [(0, 0)] * (mask.ndim - 1) + [(0, width - mask.shape[-1])],
+        np.pad(
+            half,
+            [(0, 0)] * (half.ndim - 1) + [(0, width - half.shape[-1])],
             constant_values=padding,
         )
-        for mask in sown
+        for half in map(np.asarray, sown)
     ]
-    return jnp.concatenate(padded, axis=-2)
+    return np.concatenate(padded, axis=-2)

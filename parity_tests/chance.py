@@ -202,24 +202,31 @@ _SIZES = {"vocab_size": 211, "seq_len": 106, "d_model": 48, "n_heads": 3}
 
 def inits(config: TrainConfig) -> Iterator[Figure]:
     """Every leaf of both sides, by init: mean, deviation, and the shape of its distribution."""
+    of_each = []
     for i, (init, is_tied) in enumerate(itertools.product(INITS, (False, True))):
         n_layers = (7, 1, 1, 3)[i % 4]  # scanned, or unrolled, and one block
         fields = {**_SIZES, "init": init, "tied_head": is_tied, "n_layers": n_layers}
-        c = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+        model = dataclasses.replace(config.model, **fields)
+        of_each.append(dataclasses.replace(config, model=model))
+    yield from _of_jax(*of_each)
+    for c in of_each:
         theirs = dict(torch_ref.model.Model5(c.model).double().named_parameters())
-        yield from _of_jax(c)
-        yield from _leaves(f"PyTorch, init {init}", bridge.from_torch(theirs, c.model), c.model)
-
-
-_init = jax.jit(step.init_state, static_argnames="config")
+        what = f"PyTorch, init {c.model.init}"
+        yield from _leaves(what, bridge.from_torch(theirs, c.model), c.model)
 
 
 @functools.cache  # PyTorch's faults leave it as it is
-def _of_jax(config: TrainConfig) -> list[Figure]:
-    params, others = (_init(jax.random.key(seed), config=config).params for seed in range(2))
-    what = f"JAX, init {config.model.init}"
-    differ = (params["wte"] != others["wte"]).any()
-    return [*_leaves(what, params, config.model), _exact(f"{what}: keys differ", differ)]
+def _of_jax(*configs: TrainConfig) -> list[Figure]:
+    """Drawn by one program: they share what they draw from."""
+    draw = jax.jit(lambda key: [step.init_state(key, config=c).params for c in configs])
+    drawn = zip(configs, *(draw(jax.random.key(seed)) for seed in range(2)), strict=True)
+    figures = []
+    for config, params, others in drawn:
+        what = f"JAX, init {config.model.init}"
+        differ = (params["wte"] != others["wte"]).any()
+        figures += _leaves(what, params, config.model)
+        figures.append(_exact(f"{what}: keys differ", differ))
+    return figures
 
 
 def _leaves(what: str, params: Any, config: ModelConfig) -> Iterator[Figure]:

@@ -120,10 +120,10 @@ class Pair:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.config.model.dtype)
 
-    def normal(self, *shape: int, mean: float = 0.0) -> tuple[jax.Array, torch.Tensor]:
+    def normal(self, *shape: int, mean: float = 0.0) -> tuple[np.ndarray, torch.Tensor]:
         """The same random array for both sides."""
         array = self.random.normal(mean, 1.0, shape).astype(self.dtype)
-        return jnp.asarray(array), torch.from_numpy(array)
+        return array, torch.from_numpy(array.copy())
 
     def random_tree(self, mean: float, std: float) -> Any:
         """Random values for every parameter."""
@@ -499,18 +499,24 @@ class Trained:
     params: Any
 
 
-def train_both(pair: Pair) -> Iterator[tuple[Trained, Trained]]:
+def train_both(
+    pair: Pair, on_mesh: programs.Programs | None = None
+) -> Iterator[tuple[Trained, Trained]]:
     """Steps of both loops on the same batches, and on the same masks where dropout is on."""
-    config = pair.config
+    config, of_step = pair.config, functools.partial(train_step, config=pair.config)
     for name in _frozen(config):
         pair.torch_model.get_parameter(name).requires_grad_(False)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
     state = pair.state()
+    if on_mesh:  # a state is donated
+        places = jax.tree.map(lambda leaf: leaf.sharding, on_mesh.abstract_state)
+        state, of_step = jax.device_put(state, places), on_mesh.train_step
     for index in range(config.steps):
         windows = np.roll(pair.windows, index, axis=1)
-        with _on_masks_of(pair, state.params, index, windows):
-            state, ours = train_step(state, pair.key, windows, config=config)
+        given = (on_mesh.key, on_mesh.to_devices(windows)) if on_mesh else (pair.key, windows)
+        with _on_masks_of(pair, index, windows):
+            state, ours = of_step(state, *given)
             expected = torch_ref.step.train_step(
                 pair.torch_model, theirs, scheduler, torch.from_numpy(windows), config
             )
@@ -526,7 +532,7 @@ def _frozen(config: TrainConfig) -> set[str]:
 
 
 @contextlib.contextmanager
-def _on_masks_of(pair: Pair, params: Any, index: int, windows: np.ndarray) -> Iterator[None]:
+def _on_masks_of(pair: Pair, index: int, windows: np.ndarray) -> Iterator[None]:
     """PyTorch's model drops what JAX drops in this step, micro-batch by micro-batch."""
     config = pair.config
     if config.model.dropout == 0:
@@ -535,7 +541,7 @@ def _on_masks_of(pair: Pair, params: Any, index: int, windows: np.ndarray) -> It
     masks = [
         bridge.masks_by_site(
             masks_of(
-                params,
+                pair.params,
                 step.dropout_key(pair.key, index, micro),
                 windows[micro :: config.accumulate],
                 config=config,
@@ -552,8 +558,13 @@ def _on_masks_of(pair: Pair, params: Any, index: int, windows: np.ndarray) -> It
 train_step = jax.jit(step.train_step, static_argnames="config")
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def masks_of(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> Any:
+    """What JAX drops in a forward pass, one array a site."""
+    return bridge.record_masks(_sown(params, key, windows, config=config))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _sown(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainConfig) -> Any:
     _, variables = model.Model5(config.model).apply(
         {"params": params},
         windows[:, :-1],
@@ -563,7 +574,7 @@ def masks_of(params: Any, key: jax.Array, windows: jax.Array, *, config: TrainCo
         method="features",
         mutable=["masks"],
     )
-    return bridge.record_masks(variables)
+    return variables["masks"]
 
 
 def modes(config: TrainConfig) -> Comparisons:
@@ -581,10 +592,12 @@ def modes(config: TrainConfig) -> Comparisons:
     yield "eval mode: PyTorch's figures are floats", kinds == {float}, True
     if config.model.dtype != "float64":
         return  # what follows does not depend on the dtype
-    given: list[Any] = []
-    of_step = functools.partial(step.train_step, config=config, loss=_heard(given))
-    jax.eval_shape(of_step, pair.state(), pair.key, pair.windows)
-    yield "train mode: the loss that is given counts", len(given) > 0, True
+    of_step = functools.partial(step.train_step, config=config, loss=_twice)
+    gradients = optimizer.split_frozen(pair.params, config.optimizer)[0]
+    with mock.patch.object(step, "loss_and_gradients", return_value=(0.0, gradients)) as given:
+        jax.eval_shape(of_step, pair.state(), pair.key, pair.windows)
+    is_given = given.call_args.kwargs["loss"] is _twice
+    yield "train mode: the loss that is given counts", is_given, True
     if config.model.dropout == 0:
         return
     pair.torch_model.train()
@@ -601,16 +614,6 @@ def modes(config: TrainConfig) -> Comparisons:
         expected_key = jax.random.fold_in(expected_key, part)
     found = step.dropout_key(pair.key, 70_000, 2)
     yield "the dropout key", *map(jax.random.key_data, (found, expected_key))
-
-
-def _heard(calls: list[Any]) -> losses.Loss:
-    """`nll`, which tells that it was called."""
-
-    def loss(logits_BxCxV: jax.Array, targets_BxC: jax.Array) -> jax.Array:
-        calls.append(logits_BxCxV.shape)
-        return losses.nll(logits_BxCxV, targets_BxC)
-
-    return loss
 
 
 _eval_step = jax.jit(step.eval_step, static_argnames="config")
@@ -642,10 +645,10 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         exact = function(low.astype(float))
         yield f"{name} in bfloat16", _is_rounded_once(function(low), exact), True
     products = {"mi,io->mo": (x[0], wide[0, 1:, :D].T), "bhnk,bhlk->bhnl": (q, k)}
-    products["bhnl,bhlk->bhnk"] = (jnp.einsum("bhnk,bhlk->bhnl", q, k), v)
+    products["bhnl,bhlk->bhnk"] = (q.astype(float) @ k.astype(float).swapaxes(2, 3), v)
     for (axes, pair_of), is_wide in itertools.product(products.items(), (False, True)):
         with mock.patch.object(kernels, "_is_float32_fast", lambda is_wide=is_wide: is_wide):
-            is_right = jax.jit(functools.partial(_is_product_rounded_once, axes))(*pair_of)
+            is_right = _is_product_rounded_once(axes, *pair_of)
         form = "float32, cast" if is_wide else "bfloat16"
         yield f"product {axes} in {form}", is_right, True
     for is_cpu, is_wide in itertools.product((False, True), repeat=2):
@@ -674,61 +677,71 @@ def in_bfloat16(config: TrainConfig) -> Comparisons:
         yield f"PyTorch under {dtype} casts to bfloat16", is_cast, dtype == "bfloat16"
 
 
-def _layer_norm_in_bfloat16(pair: Pair, x: jax.Array, g: jax.Array) -> Comparisons:
+def _layer_norm_in_bfloat16(pair: Pair, x: np.ndarray, g: np.ndarray) -> Comparisons:
     """Its scale and bias are float32, as are their gradients."""
     low, params = x.astype(jnp.bfloat16), pair.params["ln_f"]
     leaves = [params[name].astype(jnp.float32) for name in ("scale", "bias")]
     of_module = model.LayerNorm(dataclasses.replace(pair.config.model, dtype="bfloat16"))
 
-    def of_wide(*leaves: jax.Array) -> jax.Array:
-        return layer_norm.layer_norm(low.astype(float), *leaves, model.LAYER_NORM_EPSILON)
+    def norm(x: np.ndarray, *leaves: jax.Array) -> jax.Array:
+        return layer_norm.layer_norm(x, *leaves, model.LAYER_NORM_EPSILON)
 
-    found = of_module.apply({"params": params}, low)
-    yield "layer norm of float32's scale", _is_rounded_once(found, of_wide(*leaves)), True
-    of_low = jax.vjp(lambda *s: layer_norm.layer_norm(low, *s, model.LAYER_NORM_EPSILON), *leaves)
-    ours, exact = of_low[1](g), jax.vjp(of_wide, *leaves)[1](g.astype(float))
+    found = jax.jit(of_module.apply)({"params": params}, low)
+    _, ours = _with_gradients(functools.partial(norm, low), g, *leaves)
+    wide = functools.partial(norm, low.astype(float))
+    of_wide, exact = _with_gradients(wide, g.astype(float), *leaves)
+    yield "layer norm of float32's scale", _is_rounded_once(found, of_wide), True
     for name, one, right in zip(("scale", "bias"), ours, exact, strict=True):
         yield f"gradient of layer norm's {name} in float32", relative(one, right) < 1e-5, True
 
 
-def _is_rounded_once(found: jax.Array, exact: jax.Array) -> jax.Array:
+def _is_rounded_once(found: Any, exact: Any) -> bool:
     """To bfloat16 after float32: half a last place, and what float32's own rounding may add."""
-    size = jnp.abs(exact)
-    last_place = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(size, 1e-30))) - 7)
+    exact = np.asarray(exact, float)
+    size = np.abs(exact)
+    last_place = np.exp2(np.floor(np.log2(np.maximum(size, 1e-30))) - 7)
     allowed = 0.5 * last_place + 2.0**-20 * size.max()
-    return (jnp.abs(found.astype(exact.dtype) - exact) <= allowed).all()
+    return bool((np.abs(np.asarray(found, float) - exact) <= allowed).all())
 
 
-def _is_softmax_rounded_once(pair: Pair) -> jax.Array:
+def _gradient_like(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.cos(np.arange(math.prod(shape))).reshape(shape).astype(dtype)
+
+
+def _is_softmax_rounded_once(pair: Pair) -> bool:
     """Of 300 positions: beyond 256 bfloat16 takes one for the next."""
     q, k, v = (pair.normal(1, 1, 300, 4)[0].astype(jnp.bfloat16) for _ in range(3))
-    scores = kernels.product("bhnk,bhlk->bhnl", q, k) / math.sqrt(4)
-    exact = jax.nn.softmax(jnp.where(jnp.tri(300) > 0, scores.astype(float), -jnp.inf))
-    found: list[jax.Array] = []
-    kernels.attend(q, k, v, lambda weights: found.append(weights) or weights)
-    return _is_rounded_once(found[0], exact)
+
+    @jax.jit
+    def weights(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = kernels.product("bhnk,bhlk->bhnl", q, k) / math.sqrt(4)
+        exact = jax.nn.softmax(jnp.where(jnp.tri(300) > 0, scores.astype(float), -jnp.inf))
+        found: list[jax.Array] = []
+        kernels.attend(q, k, v, lambda weights: found.append(weights) or weights)
+        return found[0], exact
+
+    return _is_rounded_once(*weights(q, k, v))
 
 
-def _logits_in_bfloat16(x_BxLxD: jax.Array, table_VxD: jax.Array) -> Iterator[tuple[str, bool]]:
+def _logits_in_bfloat16(x_BxLxD: np.ndarray, table_VxD: np.ndarray) -> Iterator[tuple[str, bool]]:
     """Of rounded factors, summed in float32, as is the table's gradient; that of x is rounded."""
     x, table = x_BxLxD.astype(jnp.bfloat16), table_VxD.astype(jnp.float32)
-    found, found_of = jax.vjp(kernels.matmul_transposed, x, table)
-    wide = x.astype(float), table.astype(jnp.bfloat16).astype(float)
-    exact, exact_of = jax.vjp(lambda x, table: x @ table.T, *wide)
-    g = jnp.cos(jnp.arange(found.size)).reshape(found.shape).astype(found.dtype)
-    (of_x, of_table), exacts = found_of(g), exact_of(g.astype(jnp.bfloat16).astype(float))
+    g = _gradient_like((*x.shape[:2], len(table)), jnp.float32)
+    found, (of_x, of_table) = _with_gradients(kernels.matmul_transposed, g, x, table)
+    wide = (array.astype(jnp.bfloat16).astype(float) for array in (g, x, table))
+    exact, exacts = _with_gradients(lambda x, table: x @ table.T, *wide)
     for what, ours, right in (("logits", found, exact), ("gradient of wte", of_table, exacts[1])):
         is_float32 = ours.dtype == jnp.float32 and relative(ours, right) < 1e-6
         yield f"{what} in float32", is_float32
     is_low = of_x.dtype == jnp.bfloat16
-    yield "gradient of logits in bfloat16", is_low and bool(_is_rounded_once(of_x, exacts[0]))
+    yield "gradient of logits in bfloat16", is_low and _is_rounded_once(of_x, exacts[0])
 
 
 def _embedding_in_bfloat16(config: TrainConfig) -> Comparisons:
     """Both tables' rows added in float32, and the gradients of one row's 64 times all positions."""
     pair = Pair(_with_model(config, dtype="float32", n_layers=1))
     bfloat16 = model.Model5(dataclasses.replace(pair.config.model, dtype="bfloat16"))
-    tokens, heard = jnp.full((64, config.model.seq_len), 7), list[jax.Array]()
+    tokens, heard = np.full((64, config.model.seq_len), 7), list[jax.Array]()
 
     def hear(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         heard.extend(args if context.module.path == ("drop",) else ())
@@ -743,17 +756,11 @@ def _embedding_in_bfloat16(config: TrainConfig) -> Comparisons:
         dtypes.add(str(logits.dtype))
         return heard.pop()
 
-    @jax.jit
-    def with_gradients(wte: jax.Array, wpe: jax.Array, g: jax.Array) -> tuple:
-        found, of_gradient = jax.vjp(of_tables, wte, wpe)
-        return found, of_gradient(g.astype(found.dtype))
-
-    shape = *tokens.shape, config.model.d_model
-    g = jnp.cos(jnp.arange(math.prod(shape))).reshape(shape).astype(jnp.bfloat16)
-    found, (of_wte, of_wpe) = with_gradients(pair.params["wte"], pair.params["wpe"], g)
+    g = _gradient_like((*tokens.shape, config.model.d_model), jnp.bfloat16)
+    found, (of_wte, of_wpe) = _with_gradients(of_tables, g, pair.params["wte"], pair.params["wpe"])
     yield "logits of the model in float32", dtypes == {"float32"}, True
     wte, wpe = (pair.params[name].astype(float) for name in ("wte", "wpe"))
-    exact = jnp.broadcast_to(wte[7] + wpe, found.shape)
+    exact = np.broadcast_to(wte[7] + wpe, found.shape)
     yield "embedding in bfloat16", _is_rounded_once(found, exact), True
     of_rows = {"wte": (of_wte[7], g.astype(float).sum((0, 1)))}
     of_rows["wpe"] = of_wpe, g.astype(float).sum(0)
@@ -764,13 +771,13 @@ def _embedding_in_bfloat16(config: TrainConfig) -> Comparisons:
 def _accumulated(config: TrainConfig) -> tuple[bool, bool]:
     """Three gradients that no bfloat16 holds, each of a micro-batch."""
     low = dataclasses.replace(_with_model(config, dtype="bfloat16"), batch_size=3, accumulate=3)
-    g_3x5 = jnp.sqrt(jnp.arange(1, 16, dtype=jnp.float32)).reshape(3, 5)
+    g_3x5 = jnp.asarray(np.sqrt(np.arange(1, 16, dtype=np.float32)).reshape(3, 5))
 
     def mean_loss(moving: dict, _: jax.Array, micro_batch: jax.Array) -> jax.Array:
         return (moving["w"] * g_3x5[micro_batch]).sum()
 
-    moving = {"w": jnp.zeros(5, jnp.float32)}
-    _, found = step._over_micro_batches(mean_loss, moving, jnp.zeros((3, 2), jnp.int32), low)
+    of_all = jax.jit(functools.partial(step._over_micro_batches, mean_loss, config=low))
+    _, found = of_all({"w": np.zeros(5, np.float32)}, np.zeros((3, 2), np.int32))
     return bool(relative(found["w"], g_3x5.mean(0)) < 1e-6), True
 
 
@@ -788,18 +795,15 @@ def _first_moment(config: TrainConfig) -> tuple[bool, bool]:
     return max(errors) < 1e-6, True
 
 
-def _is_product_rounded_once(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _is_product_rounded_once(axes: str, *factors: np.ndarray) -> bool:
     """And both of its gradients; all are bfloat16."""
-    low = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    found, found_of = jax.vjp(functools.partial(kernels.product, axes), *low)
-    wide = [x.astype(float) for x in low]
-    exact, exact_of = jax.vjp(functools.partial(jnp.einsum, axes), *wide)
-    g = jnp.cos(jnp.arange(found.size)).reshape(found.shape).astype(jnp.bfloat16)
-    ours = found, *found_of(g)
-    pairs = zip(ours, (exact, *exact_of(g.astype(float))), strict=True)
-    is_rounded = [_is_rounded_once(one, right) for one, right in pairs]
-    is_low = [one.dtype == jnp.bfloat16 for one in ours]
-    return jnp.array([*is_rounded, *is_low]).all()
+    shape = jax.eval_shape(functools.partial(jnp.einsum, axes), *factors).shape
+    low = [array.astype(jnp.bfloat16) for array in (_gradient_like(shape, float), *factors)]
+    wide = [array.astype(float) for array in low]
+    found, of_found = _with_gradients(functools.partial(kernels.product, axes), *low)
+    exact, of_exact = _with_gradients(functools.partial(jnp.einsum, axes), *wide)
+    pairs = zip((found, *of_found), (exact, *of_exact), strict=True)
+    return all(one.dtype == jnp.bfloat16 and _is_rounded_once(one, right) for one, right in pairs)
 
 
 def _sums_in(is_cpu: bool, is_wide: bool) -> str:
@@ -815,7 +819,7 @@ def _sums_in(is_cpu: bool, is_wide: bool) -> str:
 
 
 def on_devices(config: TrainConfig) -> Comparisons:
-    """Two steps and a test on 2 x 2 devices against one device; none where there are fewer.
+    """Two steps and a test on 2 x 2 devices; none where there are fewer.
 
     A leaf is frozen: it is placed, and gathered, by a way of its own.
     """
@@ -827,27 +831,23 @@ def on_devices(config: TrainConfig) -> Comparisons:
     mesh = {"mesh": MeshConfig(data=2, fsdp=2), "batch_size": 16, "accumulate": 2}
     config = dataclasses.replace(config, model=two_layers, steps=2, optimizer=frozen, **mesh)
     pair, four = Pair(config), programs.Programs(config)
-    places = jax.tree.map(lambda leaf: leaf.sharding, four.abstract_state)
-    alone = pair.state()
-    split = jax.device_put(jax.tree.map(jnp.copy, alone), places)  # a state is donated
     with jax.disable_jit(False):
-        for index in range(config.steps):
-            alone, expected = train_step(alone, pair.key, pair.windows, config=config)
-            split, found = four.train_step(split, four.key, four.to_devices(pair.windows))
-            for name in expected:
-                yield f"{name} of step {index + 1}", found[name], expected[name]
+        for index, (ours, theirs) in enumerate(train_both(pair, four)):
+            for name in theirs.metrics:
+                yield f"{name} of step {index + 1}", ours.metrics[name], theirs.metrics[name]
         batches = pair.windows, np.roll(pair.windows, 1, axis=1)
-        tested = four.test(split.params, [four.to_devices(batch) for batch in batches])
-        alone_tested = [_eval_step(alone.params, batch, config=config) for batch in batches]
-        for name in alone_tested[0]:
-            mean = sum(one[name] for one in alone_tested) / 2
-            yield f"tested: {name}", tested[name], mean
-    start, ours, theirs = map(without_keys_bias, (pair.params, split.params, alone.params))
-    for name in start:
-        yield name, ours[name] - start[name], theirs[name] - start[name]
-    of_seed = programs.Programs(dataclasses.replace(config, seed=7, prng="rbg")).key
+        tested = four.test(ours.params, [four.to_devices(batch) for batch in batches])
+        both = [
+            torch_ref.step.eval_step(pair.torch_model, torch.from_numpy(batch), config)
+            for batch in batches
+        ]
+        for name in both[0]:
+            yield f"tested: {name}", tested[name], sum(one[name] for one in both) / 2
+    yield from _moved(pair, ours.params)
+    four = programs.Programs(config)
+    four.config = dataclasses.replace(config, seed=7, prng="rbg")
     expected = jax.random.key(7, impl="rbg")
-    yield "the run's key", *map(jax.random.key_data, (of_seed, expected))
+    yield "the run's key", *map(jax.random.key_data, (four.key, expected))
 
 
 def dropout_by_chance(config: TrainConfig) -> Comparisons:
@@ -861,7 +861,7 @@ def dropout_by_chance(config: TrainConfig) -> Comparisons:
     for site in config.model.dropout_sites:
         of = _with_model(config, n_layers=1, dropout_sites=(site,))
         figures += chance.dropout_of_torch(torch_ref.model.Model5(of.model), of.model)
-        masks = jax.eval_shape(functools.partial(masks_of, config=of), *_many(of))
+        masks = jax.eval_shape(functools.partial(_sown, config=of), *_many(of))
         figures += chance.only_site_of_jax(masks, site)
     figures += chance.own_masks_of_torch(pair.torch_model, lambda: _train_torch(pair))
     for figure in figures:

@@ -105,18 +105,23 @@ def _of_the_loss() -> Iterator[Figure]:
         (1030, 6, False, [(6, 1030, 1)] * 2),
     ):
         with _on(is_gpu):
-            traced = _traced(_loss_of_features, _config(1, n_rows, n))
+            traced = _traced(_loss_of_features, _config(1, n_rows, n), _tables(n))
         found = traced["scan"][0]["kept"] if traced["scan"] else []
         of = f"of {n} positions of {n_rows} rows{' on a GPU' * is_gpu}"
         yield "loss", f"kept {of}", found, chunks
         yield "loss", f"computed again {of}", len(traced["remat2"]) > 0, len(chunks) > 0
 
 
-def _loss_of_features(state: Any, _: Any, windows_BxL1: jax.Array, *, config: TrainConfig) -> Any:
+def _tables(length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = {"wte": (V, D), "wpe": (length, D)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _loss_of_features(tables: Any, _: Any, windows_BxL1: jax.Array, *, config: TrainConfig) -> Any:
     """`position_losses` of a model without blocks, and its gradient."""
 
     def mean(wte_VxD: jax.Array) -> jax.Array:
-        given = {**state.params, "wte": wte_VxD}
+        given = {**tables, "wte": wte_VxD}
         n, how = config.model.seq_len, {"config": config, "deterministic": True}
         return losses.position_losses(given, windows_BxL1, n_last=n, **how).mean()
 
@@ -124,7 +129,7 @@ def _loss_of_features(state: Any, _: Any, windows_BxL1: jax.Array, *, config: Tr
         return model.wte_VxD[tokens_BxL]
 
     with mock.patch.object(losses.Model5, "features", features):
-        return jax.grad(mean)(state.params["wte"])
+        return jax.grad(mean)(tables["wte"])
 
 
 @contextlib.contextmanager
@@ -146,13 +151,16 @@ def _config(n_layers: int, n_rows: int = B, length: int = L, **fields: Any) -> T
     return TrainConfig(model=model, objective=objective, batch_size=n_rows)
 
 
-def _traced(function: Any, config: TrainConfig) -> dict[str, list[dict[str, Any]]]:
+def _traced(
+    function: Any, config: TrainConfig, state: Any = None
+) -> dict[str, list[dict[str, Any]]]:
     """By primitive, of each of its equations what counts here."""
     windows = jax.ShapeDtypeStruct((config.batch_size, config.model.seq_len + 1), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     program = jax.make_jaxpr(lambda *arguments: function(*arguments, config=config))
     found: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    for equation in equations(program(step.abstract_state(config), key, windows).jaxpr):
+    state = state or step.abstract_state(config)
+    for equation in equations(program(state, key, windows).jaxpr):
         found[equation.primitive.name].append(_facts(equation))
     return found
 

@@ -5,17 +5,16 @@ import gc
 import itertools
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future
 
 import jax
 
 from jax_model5.config import DataConfig, TrainConfig
 from jax_model5.errors import UserError
 from jax_model5.startup import keep_programs
-from parity_tests import COMPILE_FAST, faults, report
+from parity_tests import COMPILE_FAST, beside, faults, report
 
 Task = tuple[TrainConfig, int]  # and the number of its stage
 _PLANTED = contextlib.ExitStack()  # in the process beside, as long as it lives
@@ -29,10 +28,10 @@ def rows(
     They end where they meet. A device other than the CPU is one process's alone.
     """
     tasks = [(config, i) for config in configs for i, _ in enumerate(report.stages(config))]
-    pool = _process(device, fault)
+    pool = beside.pool(_prepare, device, fault.name if fault else None)
     gc.disable()  # walking JAX's graphs is an eighth of the time
     try:
-        last = _submitted(pool, tasks[::-1]) if device == "cpu" else []
+        last = [pool.submit(_stage, task) for task in tasks[::-1] if device == "cpu"]
         ended = None
         for task, other in itertools.zip_longest(tasks, last[::-1]):
             if task[0] == ended:
@@ -45,15 +44,6 @@ def rows(
         for child in multiprocessing.active_children():
             child.kill()
         pool.shutdown(cancel_futures=True)
-
-
-def _submitted(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> list[Future]:
-    """The process that this starts does not heed Ctrl-C: this one, a moment later, ends it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, not lost
-    try:
-        return [pool.submit(_stage, task) for task in tasks]
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _found(task: Task, other: Future | None) -> list[report.Row]:
@@ -69,12 +59,6 @@ def _stage(task: Task) -> list[report.Row]:
     config, index = task
     name, stage = list(report.stages(config))[index]
     return list(report.named(name, stage, config))
-
-
-def _process(device: str, fault: faults.Fault | None) -> ProcessPoolExecutor:
-    name = fault.name if fault else None
-    spawn = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    return ProcessPoolExecutor(1, spawn, _prepare, (device, name))
 
 
 def _prepare(device: str, fault: str | None) -> None:

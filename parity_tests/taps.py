@@ -6,6 +6,7 @@ are sown, not handed to portproof's callbacks: JAX's cache keeps no program that
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -82,23 +83,36 @@ def of_jax(config: TrainConfig) -> tuple[Values, Values, Any]:
     pair = Pair(config)
     windows = jnp.asarray(pair.windows)
     key = step.dropout_key(pair.key, 0, 0)
-    shapes = jax.eval_shape(functools.partial(_run, config), pair.params, windows, key, {})[1]
-    zeros = {}
-    for path, leaf in leaves_of(shapes).items():
-        where, slash, name = path.rpartition("/")
-        if name in _TAP_NAMES:
-            zeros[f"{where}{slash}d {name}"] = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), leaf)
     tapped = jax.jit(jax.value_and_grad(functools.partial(_run, config), argnums=3, has_aux=True))
+    off = dataclasses.replace(config.model, dropout=0.0)  # taps have the same shapes
+    zeros = _zeros(dataclasses.replace(config, model=off))
     (loss, values), gradients = tapped(pair.params, windows, key, tree_of(zeros))
     flat_values = leaves_of(values)
     masks = {path: leaf for path, leaf in flat_values.items() if path.endswith("keep")}
-    masks = bridge.record_masks({"masks": tree_of(masks)})
+    masks = bridge.record_masks(tree_of(masks))
     deltas = {
         path.replace("/d ", "/").removeprefix("d "): leaf
         for path, leaf in leaves_of(gradients).items()
     }
     outputs = _by_operation(flat_values, config) | {"loss": np.asarray(loss).reshape(1, 1)}
     return outputs, _by_operation(deltas, config), masks
+
+
+@functools.cache
+def _zeros(config: TrainConfig) -> dict[str, Any]:
+    """To be added to the taps, by their paths."""
+    pair, of_run = Pair(config), functools.partial(_run, config)
+    _, shapes = jax.eval_shape(of_run, pair.params, pair.windows, pair.key, {})
+    zeros = {}
+    for path, leaf in leaves_of(shapes).items():
+        where, slash, name = path.rpartition("/")
+        if name in _TAP_NAMES:
+            zeros[f"{where}{slash}d {name}"] = jax.tree.map(_zeros_like, leaf)
+    return zeros
+
+
+def _zeros_like(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.zeros(leaf.shape, leaf.dtype)
 
 
 def _run(config: TrainConfig, params: Any, windows: jax.Array, key: jax.Array, deltas: Any) -> Any:
@@ -155,7 +169,7 @@ def _by_operation(leaves: Mapping[str, tuple], config: TrainConfig) -> Values:
         where, _, name = path.rpartition("/")
         if name not in _TAP_NAMES:
             continue
-        array = np.asarray(bridge.join_halves(sown, padding=0))
+        array = bridge.join_halves(sown, padding=0)
         if where.startswith("trunk"):
             values |= {f"block {layer}: {name}": part for layer, part in enumerate(array)}
         elif where.startswith("last_block"):
