@@ -332,14 +332,19 @@ def _logits(params: Any, tokens: jax.Array, *, config: TrainConfig, n_last: int)
 def _cached_logits(
     params: Any, tokens_BxL: jax.Array, pad_B: jax.Array, *, config: TrainConfig
 ) -> jax.Array:
-    """As text is generated: after the first half at once, and after each of five more tokens."""
+    """As text is generated: after the first half at once, and in a loop after five more tokens."""
     unstacked, c = generate.unstack(params, config.model), config.model
-    cache = generate.empty_cache(c, len(tokens_BxL), c.seq_len)
-    half, parts = c.seq_len // 2, []
-    for start, end in [(0, half), *((i, i + 1) for i in range(half, min(c.seq_len, half + 5)))]:
-        tokens_BxT = tokens_BxL[:, start:end]
-        x_Bx1xD, cache = generate.extend(unstacked, cache, tokens_BxT, start, pad_B, 1, c)
-        parts.append(generate.logits(unstacked, x_Bx1xD, c))
+    cache, half = generate.empty_cache(c, len(tokens_BxL), c.seq_len), c.seq_len // 2
+    first_Bx1xD, cache = generate.extend(unstacked, cache, tokens_BxL[:, :half], 0, pad_B, 1, c)
+
+    def one_more(cache: list, slot: jax.Array) -> tuple[list, jax.Array]:
+        token_Bx1 = jax.lax.dynamic_slice_in_dim(tokens_BxL, slot, 1, axis=1)
+        x_Bx1xD, cache = generate.extend(unstacked, cache, token_Bx1, slot, pad_B, 1, c)
+        return cache, x_Bx1xD
+
+    slots = jnp.arange(half, min(c.seq_len, half + 5))
+    _, more_PxBx1xD = jax.lax.scan(one_more, cache, slots)
+    parts = [generate.logits(unstacked, x_Bx1xD, c) for x_Bx1xD in (first_Bx1xD, *more_PxBx1xD)]
     return jnp.stack(parts, axis=1)
 
 
@@ -361,17 +366,27 @@ def position_losses(config: TrainConfig) -> Comparisons:
         yield f"positions of {name}", [losses.n_last(of), torch_ref.loss.n_last(of)], [n, n]
     # Each half of the attention one query; chunks of two positions with a rest; and of one, whose
     # rows are too many.
-    for rows, n in ((3, 1), (3, 2), (3, min(5, L)), (3, L), (B, L)):
-        ours = _position_losses(pair.params, windows[:rows], config=config, n_last=n)
+    parts = ((3, 1), (3, 2), (3, min(5, L)), (3, L), (B, L))
+    for (rows, n), ours in zip(parts, _losses_of(pair, windows, parts), strict=True):
         yield f"losses of the last {n} of {rows} rows", ours, expected_BxL[:rows, -n:]
 
 
+def _losses_of(pair: Pair, windows: np.ndarray, parts: Any) -> list[jax.Array]:
+    """Of the first rows' last n positions each, by one program."""
+
+    @jax.jit
+    def of_parts(params: Any, windows: jax.Array) -> list[jax.Array]:
+        how = {"config": pair.config, "deterministic": True}
+        return [losses.position_losses(params, windows[:b], n_last=n, **how) for b, n in parts]
+
+    return of_parts(pair.params, windows)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
-def _position_losses(
-    params: Any, windows: jax.Array, key: Any = None, *, config: TrainConfig, n_last: int
+def _dropped_losses(
+    params: Any, windows: jax.Array, key: Any, *, config: TrainConfig, n_last: int
 ) -> jax.Array:
-    """In eval mode without a key."""
-    how = {"n_last": n_last, "deterministic": key is None, "dropout_key": key}
+    how = {"n_last": n_last, "deterministic": False, "dropout_key": key}
     return losses.position_losses(params, windows, config, **how)
 
 
@@ -606,7 +621,7 @@ def modes(config: TrainConfig) -> Comparisons:
     keys = [jax.random.key(seed) for seed in range(2)]
     n = losses.n_last(config)
     ours_BxN = [
-        _position_losses(pair.params, pair.windows, key, config=config, n_last=n) for key in keys
+        _dropped_losses(pair.params, pair.windows, key, config=config, n_last=n) for key in keys
     ]
     yield "deterministic=False: JAX drops", jnp.array_equal(*ours_BxN), False
     expected_key = pair.key

@@ -112,19 +112,20 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
         return name, _rung(of_the_ladder, config, name)
 
     yield rung("parameters", "1 weights")
-    yield "operations", _operations(off)
+    is_exact = config.model.dtype == "float64"
+    yield "operations", _operations(off if is_exact else config)  # of rounding, both at once
     yield rung("ln_f at mean 300", "2 layer norm, mean 300")
     yield rung("large scores", "2 large scores")
     yield rung("loss", "4 losses by position", one_block)
     yield rung("gradients", "5 gradients")
-    if config.model.dropout:
+    if config.model.dropout and is_exact:
         yield "operations, dropout on", _operations(config)
     for update in ladder.OPTIMIZERS.values():
         of_update = dataclasses.replace(one_block, optimizer=update)
         yield rung("optimizer", "6 updates", of_update)
     yield rung("step", "7 trajectory, dropout", config)
     yield rung("train and eval mode", "8 train/eval", config)
-    if config.model.dtype != "float64":
+    if not is_exact:
         return
     yield rung("suffix path and KV cache", "3 logits")
     yield rung("optimizer", "6 schedules")
