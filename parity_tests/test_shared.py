@@ -1,5 +1,6 @@
 """The report of two processes: the rows of one process, in order, and no process left behind."""
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from parity_tests import faults, ladder, report, shared
+from parity_tests import beside, faults, ladder, report, shared
 from tests.tiny import start
 
 CONFIGS = [report.default_config(dtype) for dtype in ladder.DTYPES]
@@ -43,7 +44,7 @@ def test_two_processes_give_the_rows_of_one_in_order():
 def test_the_process_beside_has_the_fault_too(name, stage):
     every = [each for each, _ in report.stages(CONFIGS[1])]
     fault = next(fault for fault in faults.FAULTS if fault.name == name)
-    with shared._process("cpu", fault) as process:
+    with beside.pool(shared._prepare, "cpu", fault.name) as process:
         rows = process.submit(shared._stage, (CONFIGS[1], every.index(stage))).result()
     assert rows[-1].stage == stage
     assert not all(row.passed for row in rows)
@@ -51,22 +52,21 @@ def test_the_process_beside_has_the_fault_too(name, stage):
 
 def test_the_process_beside_has_four_devices():
     every = [each for each, _ in report.stages(CONFIGS[0])]
-    with shared._process("cpu", None) as process:
+    with beside.pool(shared._prepare, "cpu", None) as process:
         rows = process.submit(shared._stage, (CONFIGS[0], every.index("four devices"))).result()
     assert len(rows) > 30
 
 
 @pytest.mark.usefixtures("_three_stages")
 def test_what_a_killed_process_leaves_is_measured_here(monkeypatch):
-    submitted = shared._submitted
+    found = shared._found
 
-    def submitted_and_killed(*args):
-        futures = submitted(*args)
+    def killed_and_found(*args):
         for child in multiprocessing.active_children():
             child.kill()
-        return futures
+        return found(*args)
 
-    monkeypatch.setattr(shared, "_submitted", submitted_and_killed)
+    monkeypatch.setattr(shared, "_found", killed_and_found)
     rows = list(shared.rows(CONFIGS[1:], "cpu", None))
     assert list(dict.fromkeys(row.stage for row in rows)) == [
         "parameters",
@@ -75,12 +75,17 @@ def test_what_a_killed_process_leaves_is_measured_here(monkeypatch):
     ]
 
 
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the other process there")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_or_interrupted_it_leaves_no_process_behind(sent, code):
     process = start(module="parity_tests")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children.read_text().split()) < 2:  # multiprocessing's own, and the one beside
+    while not any(
+        map(children, children(process.pid))
+    ):  # multiprocessing's own, and the one beside
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(sent)
@@ -89,10 +94,8 @@ def test_killed_or_interrupted_it_leaves_no_process_behind(sent, code):
     assert sent == signal.SIGKILL or err.count("\n") == 1, err
 
 
-def test_a_ctrl_c_while_the_other_process_starts_is_not_lost():
-    class Pool:
-        def submit(self, *_):
-            os.kill(os.getpid(), signal.SIGINT)
-
+def test_a_ctrl_c_while_the_other_process_starts_is_not_lost(monkeypatch):
+    ctrl_c = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(beside.forkserver, "ensure_running", ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        shared._submitted(Pool(), [None])
+        beside.start()
