@@ -83,9 +83,7 @@ def children(pid):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_or_interrupted_it_leaves_no_process_behind(sent, code):
     process = start(module="parity_tests")
-    while not any(
-        map(children, children(process.pid))
-    ):  # multiprocessing's own, and the one beside
+    while not any(map(children, children(process.pid))):  # the one beside is a child's
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(sent)
