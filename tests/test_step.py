@@ -31,19 +31,23 @@ def new_state(config: TrainConfig) -> step.TrainState:
     return jax.jit(step.init_state, static_argnames="config")(jax.random.key(0), config=config)
 
 
-def loss_and_gradients(config: TrainConfig):
-    state = new_state(config)
-    run_step = jax.jit(functools.partial(step.loss_and_gradients, config=config))
-    return run_step(state, jax.random.key(0), windows())
+def in_float64(**fields):
+    """Loss and gradients of PLAIN with other fields."""
+    config = dataclasses.replace(PLAIN, **fields)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
+    with jax.enable_x64(True):
+        run_step = jax.jit(functools.partial(step.loss_and_gradients, config=config))
+        return run_step(new_state(config), jax.random.key(0), windows())
+
+
+def assert_same(ours, expected):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b) + 1e-16
 
 
 @pytest.mark.parametrize("accumulate", [2, slow(8)])
 def test_accumulated_micro_batches_are_the_large_batch(accumulate):
-    loss, gradients = loss_and_gradients(PLAIN)
-    ours = loss_and_gradients(dataclasses.replace(PLAIN, accumulate=accumulate))
-    assert ours[0] == pytest.approx(float(loss), rel=3e-7)
-    for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(gradients), strict=True):
-        assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
+    assert_same(in_float64(accumulate=accumulate), in_float64())
 
 
 def test_micro_batches_drop_different_units():
@@ -61,17 +65,11 @@ def test_micro_batches_drop_different_units():
 def test_remat_changes_no_gradient_dropout_on(objective):
     """What is computed again in the backward pass must draw the masks of the forward pass."""
     none, dots, full = (
-        loss_and_gradients(
-            dataclasses.replace(
-                PLAIN, objective=objective, model=dataclasses.replace(MODEL, remat=remat)
-            )
-        )
+        in_float64(objective=objective, model=dataclasses.replace(MODEL, remat=remat))
         for remat in ("none", "dots", "full")
     )
     for other in (dots, full):
-        assert other[0] == pytest.approx(float(none[0]), rel=3e-7)
-        for a, b in zip(jax.tree.leaves(other[1]), jax.tree.leaves(none[1]), strict=True):
-            assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
+        assert_same(other, none)
 
 
 @pytest.mark.parametrize("n_layers", [slow(4), 8])
@@ -91,13 +89,9 @@ def test_remat_full_takes_less_memory(n_layers):
 
 
 def test_a_scanned_trunk_is_the_unrolled_one(monkeypatch):
-    config = dataclasses.replace(PLAIN, model=MODEL)
-    unrolled = loss_and_gradients(config)
+    unrolled = in_float64(model=MODEL)
     monkeypatch.setattr(model, "UNROLLED", 0)
-    scanned = loss_and_gradients(config)
-    assert scanned[0] == pytest.approx(float(unrolled[0]), rel=3e-7)
-    for a, b in zip(jax.tree.leaves(scanned[1]), jax.tree.leaves(unrolled[1]), strict=True):
-        assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b) + 1e-9
+    assert_same(in_float64(model=MODEL), unrolled)
 
 
 def test_a_step_moves_every_parameter_and_counts():
