@@ -3,24 +3,23 @@
 import argparse
 import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from jax_model5.config import TrainConfig
 from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_installed
 from parity_tests import beside
 
 if __name__ == "__main__":  # before what imports it
-    jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     with one_line_errors():
         require_installed("torch", "command", "python -m parity_tests")
+    os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # for the rung of four devices
     beside.start()
 
 import portproof
+from jax_model5.config import TrainConfig
 from parity_tests import drift, faults, ladder, page, report, shared
 
 

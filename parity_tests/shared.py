@@ -40,6 +40,7 @@ def rows(
             yield from found
             ended = task[0] if any(map(report.is_end, found)) else ended
     finally:
+        gc.freeze()  # nor is it walked now
         gc.enable()
         for child in multiprocessing.active_children():
             child.kill()
