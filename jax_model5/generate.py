@@ -16,7 +16,6 @@ import numpy as np
 import tiktoken
 
 from jax_model5 import tokenizer
-from jax_model5.checkpoint import read_params
 from jax_model5.config import ModelConfig, TrainConfig, config_of_run
 from jax_model5.errors import (
     ArgumentParser,
@@ -323,6 +322,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
+    from jax_model5.checkpoint import read_params  # Orbax: half a second, for this command only
+
     with one_line_errors():
         options = parse_args(sys.argv[1:])
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.greedy)

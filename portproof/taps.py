@@ -13,7 +13,6 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from portproof.port import Pass
 
@@ -83,6 +82,8 @@ def _linen(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
 
 def watch(model: Any) -> Any:
     """An NNX model whose modules are tapped by their paths; outside a proof the model itself."""
+    from flax import nnx  # a quarter of a second, for those who use it only
+
     if _found is not None:
         for path, node in list(nnx.iter_graph(model)):
             if isinstance(node, nnx.Module) and callable(node):
