@@ -99,6 +99,8 @@ EXPLAINED = [
     ("jax_model5/model.py:run_block", "constant: 1 -> 2*n_shards", "as on one device"),
     ("jax_model5/model.py:run_block", "constant: True -> False*n_shards", "None has no leaf"),
     ("jax_model5/model.py:", "swapped: *save_only_these_names", "names have no order"),
+    ("*:Model5.features", "swapped: , check_constancy", "one more trace, and no number"),
+    ("*:Model5.features", "False -> True*check_constancy", "one more trace, and no number"),
     ("jax_model5/losses.py:_nll_forward", "swapped: , axis = - 1*take_along", "JAX's own default"),
     ("jax_model5/step.py:abstract_state*", "low_precision", "shapes only"),
     ("jax_model5/step.py:abstract_state*", "swapped: , impl = ", "shapes only"),
