@@ -9,34 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_model5.errors import ArgumentParser, UserError, one_line_errors, require_installed
+from jax_model5.errors import UserError, one_line_errors, require_installed
 from parity_tests import beside
+from parity_tests.options import parse_args
 
-if __name__ == "__main__":  # before what imports it
+if __name__ == "__main__":  # before what imports PyTorch and JAX
     with one_line_errors():
         require_installed("torch", "command", "python -m parity_tests")
+        is_on_cpu = parse_args(sys.argv[1:]).device == "cpu"
     os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # for the rung of four devices
-    beside.start()
+    if is_on_cpu:
+        beside.start()
 
 import portproof
 from jax_model5.config import TrainConfig
 from parity_tests import drift, faults, ladder, page, report, shared
-
-
-def parse_args(args: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m parity_tests", description=__doc__)
-    devices = "where JAX runs (PyTorch stays on the CPU); default cpu"
-    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"], default="cpu", help=devices)
-    parser.add_argument(
-        "--inject", metavar="FAULT", help="plant a fault first; list: name them all"
-    )
-    parser.add_argument("--faults", action="store_true", help="plant each, say what is caught")
-    parser.add_argument("--drift", type=int, metavar="N", help="also train both for N steps")
-    parser.add_argument("--html", metavar="FILE", help="also write the report as one page")
-    options = parser.parse_args(args)
-    if options.drift is not None and options.drift < 1:
-        raise UserError(f"drift={options.drift}: must be at least 1 step")
-    return options
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Collects every measurement of the session and prints them as one table at its end."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -18,7 +19,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # The faults of PyTorch's side compile nothing new, and a second session compiles nothing.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    cache = str(config.cache.mkdir("xla"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of the processes beside
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     config.stash[MEASUREMENTS] = []
     config.stash[CAUGHT] = []

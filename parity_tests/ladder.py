@@ -152,9 +152,9 @@ class Pair:
 
 
 def _shapes(config: ModelConfig) -> Any:
-    """Of every leaf: by sizes, whatever else is chosen."""
-    sizes = ("vocab_size", "seq_len", "d_model", "n_heads", "n_layers", "tied_head")
-    return _shapes_of(ModelConfig(**{name: getattr(config, name) for name in sizes}))
+    """Of every leaf, whatever is dropped."""
+    sites = ModelConfig().dropout_sites
+    return _shapes_of(dataclasses.replace(config, dropout=0.0, dropout_sites=sites))
 
 
 @functools.cache
@@ -263,7 +263,7 @@ def _with_gradients(function: Callable, g: Any, *arguments: Any) -> tuple[Any, t
 
     def both(g: Any, *arguments: Any) -> tuple[Any, tuple]:
         result, of_gradient = jax.vjp(function, *arguments)
-        return result, of_gradient(g)
+        return result, of_gradient(g.astype(result.dtype))
 
     return jax.jit(both)(g, *arguments)
 
@@ -367,19 +367,18 @@ def position_losses(config: TrainConfig) -> Comparisons:
     # Each half of the attention one query; chunks of two positions with a rest; and of one, whose
     # rows are too many.
     parts = ((3, 1), (3, 2), (3, min(5, L)), (3, L), (B, L))
-    for (rows, n), ours in zip(parts, _losses_of(pair, windows, parts), strict=True):
+    found = _position_losses(pair.params, windows, config=config, parts=parts)
+    for (rows, n), ours in zip(parts, found, strict=True):
         yield f"losses of the last {n} of {rows} rows", ours, expected_BxL[:rows, -n:]
 
 
-def _losses_of(pair: Pair, windows: np.ndarray, parts: Any) -> list[jax.Array]:
-    """Of the first rows' last n positions each, by one program."""
-
-    @jax.jit
-    def of_parts(params: Any, windows: jax.Array) -> list[jax.Array]:
-        how = {"config": pair.config, "deterministic": True}
-        return [losses.position_losses(params, windows[:b], n_last=n, **how) for b, n in parts]
-
-    return of_parts(pair.params, windows)
+@functools.partial(jax.jit, static_argnames=("config", "parts"))
+def _position_losses(
+    params: Any, windows: jax.Array, *, config: TrainConfig, parts: tuple[tuple[int, int], ...]
+) -> list[jax.Array]:
+    """Of each (rows, n) of `parts` the first rows' last n positions."""
+    how = {"config": config, "deterministic": True}
+    return [losses.position_losses(params, windows[:b], n_last=n, **how) for b, n in parts]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_last"))
@@ -517,14 +516,17 @@ class Trained:
 def train_both(
     pair: Pair, on_mesh: programs.Programs | None = None
 ) -> Iterator[tuple[Trained, Trained]]:
-    """Steps of both loops on the same batches, and on the same masks where dropout is on."""
+    """Steps of both loops on the same batches, and on the same masks where dropout is on.
+
+    `on_mesh`: JAX's programs, if not those of one device.
+    """
     config, of_step = pair.config, functools.partial(train_step, config=pair.config)
     for name in _frozen(config):
         pair.torch_model.get_parameter(name).requires_grad_(False)
     theirs = torch_ref.step.make_optimizer(pair.torch_model, config.optimizer)
     scheduler = torch_ref.step.make_scheduler(theirs, config.optimizer, config.steps)
     state = pair.state()
-    if on_mesh:  # a state is donated
+    if on_mesh:  # the state is donated; pair's parameters are NumPy's, and stay
         places = jax.tree.map(lambda leaf: leaf.sharding, on_mesh.abstract_state)
         state, of_step = jax.device_put(state, places), on_mesh.train_step
     for index in range(config.steps):
@@ -611,7 +613,7 @@ def modes(config: TrainConfig) -> Comparisons:
     gradients = optimizer.split_frozen(pair.params, config.optimizer)[0]
     with mock.patch.object(step, "loss_and_gradients", return_value=(0.0, gradients)) as given:
         jax.eval_shape(of_step, pair.state(), pair.key, pair.windows)
-    is_given = given.call_args.kwargs["loss"] is _twice
+    is_given = given.call_args.kwargs.get("loss") is _twice
     yield "train mode: the loss that is given counts", is_given, True
     if config.model.dropout == 0:
         return
@@ -834,7 +836,7 @@ def _sums_in(is_cpu: bool, is_wide: bool) -> str:
 
 
 def on_devices(config: TrainConfig) -> Comparisons:
-    """Two steps and a test on 2 x 2 devices; none where there are fewer.
+    """Two steps and a test on 2 x 2 devices against PyTorch's; none where there are fewer.
 
     A leaf is frozen: it is placed, and gathered, by a way of its own.
     """
@@ -859,8 +861,8 @@ def on_devices(config: TrainConfig) -> Comparisons:
         for name in both[0]:
             yield f"tested: {name}", tested[name], sum(one[name] for one in both) / 2
     yield from _moved(pair, ours.params)
-    four = programs.Programs(config)
     four.config = dataclasses.replace(config, seed=7, prng="rbg")
+    del four.key
     expected = jax.random.key(7, impl="rbg")
     yield "the run's key", *map(jax.random.key_data, (four.key, expected))
 

@@ -5,9 +5,10 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 
 import jax
 
@@ -28,10 +29,11 @@ def rows(
     They end where they meet. A device other than the CPU is one process's alone.
     """
     tasks = [(config, i) for config in configs for i, _ in enumerate(report.stages(config))]
-    pool = beside.pool(_prepare, device, fault.name if fault else None)
+    name = fault.name if fault else None
+    pool = beside.pool(_prepare, device, name) if device == "cpu" else None
     gc.disable()  # walking JAX's graphs is an eighth of the time
     try:
-        last = [pool.submit(_stage, task) for task in tasks[::-1] if device == "cpu"]
+        last = _submitted(pool, tasks[::-1]) if pool else []
         ended = None
         for task, other in itertools.zip_longest(tasks, last[::-1]):
             if task[0] == ended:
@@ -40,11 +42,19 @@ def rows(
             yield from found
             ended = task[0] if any(map(report.is_end, found)) else ended
     finally:
-        gc.freeze()  # nor is it walked now
+        gc.freeze()  # nor is it walked now: the command ends, or goes on with other objects
         gc.enable()
         for child in multiprocessing.active_children():
             child.kill()
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, tasks: Sequence[Task]) -> list[Future]:
+    try:
+        return [pool.submit(_stage, task) for task in tasks]
+    except (OSError, EOFError, BrokenExecutor):  # no process beside: this one does all
+        return []
 
 
 def _found(task: Task, other: Future | None) -> list[report.Row]:
@@ -63,6 +73,7 @@ def _stage(task: Task) -> list[report.Row]:
 
 
 def _prepare(device: str, fault: str | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_num_cpu_devices", 4)  # for the rung of four devices
     use_device(device)

@@ -7,8 +7,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
-import jax
 import pytest
 
 from parity_tests import beside, faults, ladder, report, shared
@@ -21,7 +21,6 @@ CONFIGS = [report.default_config(dtype) for dtype in ladder.DTYPES]
 def _three_stages(monkeypatch):
     every = report.stages
     monkeypatch.setattr(report, "stages", lambda config: itertools.islice(every(config), 3))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
 
 
 @pytest.mark.usefixtures("_three_stages")
@@ -58,6 +57,16 @@ def test_the_process_beside_has_four_devices():
 
 
 @pytest.mark.usefixtures("_three_stages")
+def test_where_no_process_starts_beside_this_one_measures_all(monkeypatch):
+    ended = mock.Mock(side_effect=EOFError)  # the server was killed while it imported
+    monkeypatch.setattr(beside.forkserver, "connect_to_new_process", ended)
+    rows = list(shared.rows(CONFIGS[1:], "cpu", None))
+    assert ended.called
+    assert len({row.stage for row in rows}) == 3
+    assert all(row.passed for row in rows)
+
+
+@pytest.mark.usefixtures("_three_stages")
 def test_what_a_killed_process_leaves_is_measured_here(monkeypatch):
     found = shared._found
 
@@ -82,11 +91,12 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the other process there")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_or_interrupted_it_leaves_no_process_behind(sent, code):
-    process = start(module="parity_tests")
+    process = start(module="parity_tests", start_new_session=True)
     while not any(map(children, children(process.pid))):  # the one beside is a child's
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(sent)
+    kill = os.killpg if sent == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all
+    kill(process.pid, sent)
     _, err = process.communicate(timeout=60)  # the others hold these pipes until they end
     assert process.returncode == code
     assert sent == signal.SIGKILL or err.count("\n") == 1, err
