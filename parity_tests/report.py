@@ -117,15 +117,14 @@ def stages(config: TrainConfig) -> Iterator[tuple[str, Iterator[Row]]]:
     yield rung("large scores", "2 large scores")
     yield rung("loss", "4 losses by position", one_block)
     yield rung("gradients", "5 gradients")
-    is_exact = config.model.dtype == "float64"
-    if config.model.dropout and is_exact:  # what is dropped; float32's steps have it on
+    if config.model.dropout:
         yield "operations, dropout on", _operations(config)
     for update in ladder.OPTIMIZERS.values():
         of_update = dataclasses.replace(one_block, optimizer=update)
         yield rung("optimizer", "6 updates", of_update)
     yield rung("step", "7 trajectory, dropout", config)
     yield rung("train and eval mode", "8 train/eval", config)
-    if not is_exact:
+    if config.model.dtype != "float64":
         return
     yield rung("suffix path and KV cache", "3 logits")
     yield rung("optimizer", "6 schedules")

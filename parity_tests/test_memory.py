@@ -45,6 +45,13 @@ FAULTS = {
         "optimization_barrier",
         lambda tree: tree,
     ),
+    "a barrier in the passes": (
+        "step",
+        model,
+        "gelu",
+        lambda x, approximate: jax.lax.optimization_barrier(jax.nn.gelu(x, approximate)),
+    ),
+    "a trunk that is a loop on a GPU": ("MLP residual", sharding, "is_gpu", lambda: False),
     "sums over devices in bfloat16": ("step", sharding, "_gathered", gathered_low),
 }
 
