@@ -24,6 +24,10 @@ gathered_low.defvjp(
 )
 
 
+def of_four_at_most(run, *, unroll, scan=model.nn.scan, **how):
+    return scan(run, unroll=min(unroll, 4), **how)
+
+
 FAULTS = {
     "no remat": ("attention residual", model.nn, "remat", lambda run, **_: run),
     "the projection is computed again": (
@@ -51,7 +55,7 @@ FAULTS = {
         "gelu",
         lambda x, approximate: jax.lax.optimization_barrier(jax.nn.gelu(x, approximate)),
     ),
-    "a trunk that is a loop on a GPU": ("MLP residual", sharding, "is_gpu", lambda: False),
+    "a trunk in parts on a GPU": ("MLP residual", model.nn, "scan", of_four_at_most),
     "sums over devices in bfloat16": ("step", sharding, "_gathered", gathered_low),
 }
 
